@@ -1,0 +1,97 @@
+// Runs a CUDA kernel on the host: one fiber per thread of a block, blocks in order. Tests only.
+//
+// What it shows: indexing, arithmetic (bit for bit, with -ffp-contract=off), a missing __syncthreads (shared memory
+// starts as NaN and threads run in the order a test asks for), a barrier or shuffle that not all threads reach
+// (reported, not hung). What it cannot show: timing, memory ordering between blocks, hardware limits.
+//
+// A thread runs until it meets a barrier, then the next one runs. A warp shuffle is one exchange: write the value,
+// wait for the warp, read, wait again.
+#pragma once
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// A section of its own, so that a block can begin with all of it set to NaN. Only in extern "C" kernels: GCC gives a
+// template's statics another section.
+#define __shared__ static __attribute__((section("temper_shared")))
+
+struct dim3 {
+  uint32_t x = 1, y = 1, z = 1;
+};
+
+namespace host {
+
+constexpr int kWarp = 32;
+
+struct ThreadState {
+  dim3 thread, block, block_dim, grid_dim;
+};
+
+extern ThreadState current;  // of the running fiber
+
+// Runs `kernel` for every thread of a one-dimensional grid. Returns null, or what went wrong. One launch at a time;
+// concurrent callers wait.
+const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& kernel);
+
+// 0 ascending, 1 descending, else a permutation drawn anew after every barrier.
+void set_thread_order(uint32_t order);
+
+void barrier();                                    // of the block
+uint64_t exchange(uint64_t value, int from_lane);  // among a full warp; every lane must call it
+
+template <typename T>
+T shuffle(T value, int from_lane) {
+  static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
+  uint64_t word = 0;
+  memcpy(&word, &value, sizeof(T));
+  word = exchange(word, from_lane);
+  memcpy(&value, &word, sizeof(T));
+  return value;
+}
+
+}  // namespace host
+
+#define threadIdx (host::current.thread)
+#define blockIdx (host::current.block)
+#define blockDim (host::current.block_dim)
+#define gridDim (host::current.grid_dim)
+
+inline void __syncthreads() { host::barrier(); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask, int width = host::kWarp) {
+  const int lane = threadIdx.x % host::kWarp;
+  const int other = lane ^ mask;
+  return host::shuffle(value, other / width == lane / width ? other : lane);
+}
+
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta, int width = host::kWarp) {
+  const int lane = threadIdx.x % host::kWarp;
+  const int other = lane + int(delta);
+  return host::shuffle(value, other / width == lane / width ? other : lane);
+}
+
+// Only one fiber runs at a time, so these need no lock.
+template <typename T, typename U>
+T atomicAdd(T* at, U value) {
+  const T old = *at;
+  *at = old + T(value);
+  return old;
+}
+
+template <typename T>
+T atomicMax(T* at, T value) {
+  const T old = *at;
+  if (value > old) *at = value;
+  return old;
+}

@@ -1,0 +1,3 @@
+//! Statistics of results.
+
+pub mod statistics;

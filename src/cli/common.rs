@@ -1,0 +1,130 @@
+//! What several commands do alike: device, threads, recipe and questions from a configuration.
+
+use std::path::{Path, PathBuf};
+
+use super::{Global, inputs};
+use crate::config::Config;
+use crate::data::generated::{self, Split, Task};
+use crate::data::section::DataKind;
+use crate::data::{self, Question};
+use crate::device::{self, Device};
+use crate::model::checkpoint::{Checkpoint, resolve_model_path};
+use crate::model::config::Qwen2Config;
+use crate::model::tokenizer::Tokenizer;
+use crate::rl::recipe::{Recipe, prepare};
+use crate::rl::trainer::{Workload, check_lengths};
+use crate::run::console::{Console, Verbosity};
+use crate::{Error, Result, bail_input};
+
+pub fn console(global: &Global) -> Console {
+    Console::new(Verbosity::from_flags(global.quiet, global.verbose))
+}
+
+/// The device of `--device`, with libtorch and our own loops set to `threads` (None: all cores).
+pub fn device(global: &Global, threads: Option<usize>) -> Result<Device> {
+    let device = device::parse(global.device.as_deref())?;
+    device::set_threads(threads);
+    Ok(device)
+}
+
+pub fn recipe(config: &Config) -> Recipe {
+    Recipe {
+        name: config.name.clone(),
+        seed: config.seed,
+        hash: config.hash(),
+        yaml: config.to_yaml(),
+        model: config.model.clone(),
+        data: config.data.clone(),
+        rollout: config.rollout.clone(),
+        algorithm: config.algorithm.clone(),
+        optimizer: config.optimizer.clone(),
+        trainer: config.trainer.clone(),
+        reward: config.reward.clone(),
+        noisy_ops: config.noisy_ops.clone(),
+        noise_injection: config.noise_injection.clone(),
+        fake_quant: config.fake_quant.clone(),
+    }
+}
+
+/// The shapes that the `model:` section names, without reading weights.
+pub fn model_config(config: &Config) -> Result<(Qwen2Config, Option<PathBuf>)> {
+    match (&config.model.path, &config.model.preset) {
+        (Some(path), _) => {
+            let dir = resolve_model_path(path)?;
+            Ok((Qwen2Config::from_dir(&dir)?, Some(dir)))
+        }
+        (None, Some(preset)) => Ok((Qwen2Config::preset(preset)?, None)),
+        (None, None) => {
+            bail_input!("model.path: found null, expected a model directory (or model.preset for random weights)")
+        }
+    }
+}
+
+/// Tokenizer and questions of a configuration. `training`: also the training questions.
+pub fn workload(config: &Config, training: bool) -> Result<Workload> {
+    let (shapes, model_dir) = model_config(config)?;
+    let mut scratch = None;
+    let tokenizer_dir = match (&config.model.tokenizer, model_dir) {
+        (Some(path), _) => resolve_model_path(path).map_err(|e| e.at("model.tokenizer"))?,
+        (None, Some(dir)) => dir,
+        (None, None) if config.data.kind == DataKind::Generated => {
+            let dir = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
+            generated::write_tokenizer(dir.path())?;
+            scratch.insert(dir).path().to_path_buf()
+        }
+        (None, None) => bail_input!(
+            "model.tokenizer: found null, expected the directory of tokenizer.json (model.preset has none); set it with --set model.tokenizer=DIR"
+        ),
+    };
+    let tokenizer = Tokenizer::from_dir(&tokenizer_dir)?.with_model_vocab_size(shapes.vocab_size)?;
+    let prepared = |questions: Vec<Question>| prepare(&questions, &config.data, &tokenizer);
+    // Both files are read before anything is encoded: a broken file is named first.
+    let train = if training { training_questions(config)? } else { Vec::new() };
+    let val = validation_questions(config)?;
+    if training {
+        recipe(config).schedule(train.len())?;
+    }
+    let (train, val) = (prepared(train)?, prepared(val)?);
+    let source = match config.data.kind {
+        DataKind::Generated => "generated",
+        _ => "gsm8k",
+    };
+    let inputs = inputs::digests(config, &tokenizer_dir)?;
+    Ok(Workload { tokenizer, tokenizer_dir, train, val, source: source.to_string(), inputs, _scratch: scratch })
+}
+
+/// Everything that can be known to be wrong before a run: tokenizer, questions, lengths, shapes of the weights.
+pub fn check_inputs(config: &Config) -> Result<()> {
+    let (shapes, model_dir) = model_config(config)?;
+    let workload = workload(config, true)?;
+    check_lengths(&recipe(config), &workload, &shapes)?;
+    match model_dir {
+        Some(dir) => Checkpoint::open(&dir)?.check(&shapes),
+        None => Ok(()),
+    }
+}
+
+fn training_questions(config: &Config) -> Result<Vec<Question>> {
+    let data = &config.data;
+    if data.kind == DataKind::Generated {
+        let n = data.train_limit.unwrap_or(data.generated.train_problems).min(data.generated.train_problems);
+        return Ok(Task::new(data.generated.seed).questions(Split::Train, 0..n as u32));
+    }
+    file_questions("data.train", data.train.as_deref(), data.train_limit)
+}
+
+fn validation_questions(config: &Config) -> Result<Vec<Question>> {
+    let data = &config.data;
+    if data.kind == DataKind::Generated {
+        let n = data.val_limit.unwrap_or(data.generated.val_problems).min(data.generated.val_problems);
+        return Ok(Task::new(data.generated.seed).questions(Split::Validation, 0..n as u32));
+    }
+    file_questions("data.val", data.val.as_deref(), data.val_limit)
+}
+
+fn file_questions(key: &str, path: Option<&str>, limit: Option<usize>) -> Result<Vec<Question>> {
+    let Some(path) = path else {
+        bail_input!("{key}: found null, expected a .jsonl or .parquet file; set it with --set {key}=FILE");
+    };
+    data::load(Path::new(path), limit).map_err(|e| e.at(key))
+}

@@ -1,0 +1,136 @@
+//! The command line: a file per subcommand; parses, calls, prints.
+
+mod common;
+pub mod doctor;
+pub mod eval;
+pub mod generate;
+mod inputs;
+pub mod plan;
+mod prompt;
+pub mod quantize;
+pub mod quickstart;
+mod results;
+pub mod score;
+pub mod train;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::{Error, Result};
+
+/// Hardens a language model against the arithmetic it will run on.
+#[derive(Parser)]
+#[command(name = "temper", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options that every command takes.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Global {
+    /// cpu, cuda or cuda:N (default: cuda when a usable GPU is there, else cpu)
+    #[arg(long, global = true)]
+    pub device: Option<String>,
+    /// Machine-readable result alone on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// No progress, only the result and warnings
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+    /// More detail (repeatable)
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// The main job in minutes on a CPU, without downloads
+    Quickstart(quickstart::Args),
+    /// Train a model with reinforcement learning under the configured noise
+    Train(train::Args),
+    /// Accuracy of a model, clean and under the configuration's noise and quantization
+    Eval(eval::Args),
+    /// Continue a prompt
+    Generate(generate::Args),
+    /// Log-probability of each token given those before it
+    Score(score::Args),
+    /// Quantize a model directory or a .safetensors file
+    Quantize(quantize::Args),
+    /// Print the sigma of every training step and what is injected into every module
+    Plan(plan::Args),
+    /// What this machine has, and what to do about what is missing
+    Doctor(doctor::Args),
+}
+
+/// OpenMP's idle threads spin by default, which on a busy machine with few cores makes a run 5 to 10 times slower. The
+/// library reads its policy when it is loaded, before main: so the process starts itself once more with the policy set.
+/// A policy that the user has set stays.
+fn let_idle_threads_sleep() {
+    use std::os::unix::process::CommandExt;
+    const POLICY: &str = "OMP_WAIT_POLICY";
+    if std::env::var_os(POLICY).is_some() {
+        return;
+    }
+    if let Ok(program) = std::env::current_exe() {
+        // Returns only where it failed; then the run is slower, nothing else.
+        let _ = std::process::Command::new(program).args(std::env::args_os().skip(1)).env(POLICY, "PASSIVE").exec();
+    }
+}
+
+/// Parses the command line, runs the command, prints one error line, maps the error to an exit code.
+pub fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(usage) => return usage_error(&usage),
+    };
+    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_)) {
+        let_idle_threads_sleep();
+    }
+    // A panic is a bug; its user still gets one line.
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&cli))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+        let first = text.and_then(|t| t.lines().next()).unwrap_or("panic");
+        if let Some(reason) = first.strip_prefix("failed printing to ") {
+            // A reader that left, as `| head` does, has seen enough.
+            return if reason.contains("Broken pipe") { Ok(()) } else { Err(Error::Runtime(reason.to_string())) };
+        }
+        Err(Error::Runtime(format!("internal error: {first}; please report it")))
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(error.exit_code() as u8)
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    match &cli.command {
+        Command::Quickstart(args) => quickstart::run(args, &cli.global),
+        Command::Train(args) => train::run(args, &cli.global),
+        Command::Eval(args) => eval::run(args, &cli.global),
+        Command::Generate(args) => generate::run(args, &cli.global),
+        Command::Score(args) => score::run(args, &cli.global),
+        Command::Quantize(args) => quantize::run(args, &cli.global),
+        Command::Plan(args) => plan::run(args, &cli.global),
+        Command::Doctor(args) => doctor::run(args, &cli.global),
+    }
+}
+
+/// Help and version as clap prints them; a wrong command line as one line, exit code 2.
+fn usage_error(usage: &clap::Error) -> ExitCode {
+    if !usage.use_stderr() || usage.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        let _ = usage.print();
+        return ExitCode::from(if usage.use_stderr() { 2 } else { 0 });
+    }
+    let text = usage.to_string();
+    let lines: Vec<&str> = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim).collect();
+    eprintln!("{}", lines.join(" ").trim());
+    ExitCode::from(2)
+}

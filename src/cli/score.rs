@@ -1,0 +1,47 @@
+//! `temper score MODEL`: the log-probability of each token given those before it.
+
+use serde_json::json;
+
+use super::{Global, prompt};
+use crate::model::logprobs::token_logprobs;
+use crate::{Result, bail_input};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A model directory (or a hub id in the local cache)
+    pub model: String,
+    /// Text, encoded without chat template
+    #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
+    pub text: Option<String>,
+    /// Token ids, comma-separated; needs no tokenizer
+    #[arg(long, allow_hyphen_values = true)]
+    pub ids: Option<String>,
+}
+
+pub fn run(args: &Args, global: &Global) -> Result<()> {
+    let loaded = prompt::load(&args.model, args.text.is_some(), global)?;
+    let ids = match (&args.ids, &args.text, &loaded.tokenizer) {
+        (Some(ids), ..) => prompt::parse_ids(ids, loaded.model.config.vocab_size)?,
+        (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,
+        _ => bail_input!("expected --text or --ids"),
+    };
+    if ids.len() < 2 {
+        bail_input!("found {} tokens, expected at least 2 to score", ids.len());
+    }
+    prompt::check_length(ids.len(), &loaded.model)?;
+    let logprobs = token_logprobs(&loaded.model, &ids)?;
+    if global.json {
+        println!("{}", json!({"ids": ids, "logprobs": logprobs}));
+        return Ok(());
+    }
+    for (id, logprob) in ids[1..].iter().zip(&logprobs) {
+        let text = match &loaded.tokenizer {
+            Some(tokenizer) => format!("  {:?}", tokenizer.decode(&[*id])?),
+            None => String::new(),
+        };
+        println!("{id:>8}  {logprob:>10.5}{text}");
+    }
+    let sum: f64 = logprobs.iter().map(|&l| f64::from(l)).sum();
+    println!("sum {sum:.5}, perplexity {:.4}", (-sum / logprobs.len() as f64).exp());
+    Ok(())
+}

@@ -1,0 +1,66 @@
+//! The config hash: SHA-256 over the keys that identify an experiment, in a fixed order.
+
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::Config;
+
+/// Keys that change when or where something happens, never what is computed.
+const OPERATIONAL: [(&str, &[&str]); 2] = [
+    ("", &["name", "seed"]),
+    (
+        "trainer",
+        &["threads", "val_every", "val_before_train", "val_batch_size", "save_every", "keep_last", "keep_best"],
+    ),
+];
+
+/// Keys that hold a location: only the last component identifies the experiment.
+const LOCATIONS: [(&str, &[&str]); 2] = [("model", &["path", "tokenizer"]), ("data", &["train", "val"])];
+
+pub(super) fn short(config: &Config) -> String {
+    let digest = Sha256::digest(identity(config).to_string().as_bytes());
+    digest[..4].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The identifying part as JSON, keys sorted, nulls left out (so that a new optional key does not
+/// change old hashes), a disabled injection as nothing but disabled.
+fn identity(config: &Config) -> Value {
+    let mut tree = serde_json::to_value(config).expect("sections hold only strings, finite numbers, lists and maps");
+    for (section, names) in OPERATIONAL {
+        if let Some(map) = section_of(&mut tree, section) {
+            names.iter().for_each(|name| drop(map.remove(*name)));
+        }
+    }
+    for (section, names) in LOCATIONS {
+        let Some(map) = section_of(&mut tree, section) else {
+            continue;
+        };
+        for name in names {
+            if let Some(Value::String(path)) = map.get_mut(*name) {
+                *path = path.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_string();
+            }
+        }
+    }
+    for section in ["noisy_ops", "noise_injection", "fake_quant"] {
+        if let Some(map) = section_of(&mut tree, section).filter(|map| map["enabled"] == Value::Bool(false)) {
+            map.retain(|key, _| key == "enabled");
+        }
+    }
+    sorted(tree)
+}
+
+fn section_of<'a>(tree: &'a mut Value, section: &str) -> Option<&'a mut Map<String, Value>> {
+    if section.is_empty() { tree.as_object_mut() } else { tree.get_mut(section)?.as_object_mut() }
+}
+
+fn sorted(value: Value) -> Value {
+    match value {
+        Value::Object(map) => {
+            let mut entries: Vec<(String, Value)> = map.into_iter().filter(|(_, v)| !v.is_null()).collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            Value::Object(entries.into_iter().map(|(k, v)| (k, sorted(v))).collect())
+        }
+        Value::Array(items) => Value::Array(items.into_iter().map(sorted).collect()),
+        other => other,
+    }
+}

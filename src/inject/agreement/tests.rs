@@ -1,0 +1,167 @@
+//! The checks must agree with a correct step and disagree with every planted defect.
+
+#![allow(clippy::unwrap_used)]
+use super::*;
+use crate::inject::measured::{MatmulDirection, StepInjection};
+use crate::inject::plan::{InjectionPlan, ModuleKind, ModulePlan, qwen2_modules};
+use crate::inject::section::{FakeQuantSection, LayerSigmaConfig, NoiseInjectionSection, NoisyOpsSection, PhaseSet};
+use crate::numerics::error_law::NoiseSums;
+use crate::numerics::tensor_error::TensorErrorSums;
+use serde_json::json;
+
+const HIDDEN: u64 = 64;
+const SIGMA: f64 = 0.01;
+
+/// E9b's shape: 1.5 on layer 1, 0 on layer 2, 1.0 elsewhere.
+fn plan() -> InjectionPlan {
+    let config = LayerSigmaConfig { layer_multipliers: [(1, 1.5), (2, 0.0)].into(), ..Default::default() };
+    let aqn = NoiseInjectionSection { enabled: true, layer_sigma_config: Some(config), ..Default::default() };
+    let noise = NoisyOpsSection { enabled: true, ..Default::default() };
+    let modules = qwen2_modules(4, HIDDEN as usize, 128, 4, 2, 16, 100);
+    InjectionPlan::resolve(&aqn, &noise, &FakeQuantSection::default(), &modules, 0).unwrap()
+}
+
+/// A step in which each module gets `sigma_of` and each linear `scale`, with textbook normals.
+fn step(plan: &InjectionPlan, sigma_of: impl Fn(&ModulePlan) -> f64, scale: f64) -> StepInjection {
+    let mut measured = Measured::new(plan);
+    let mut draw = Normals(1);
+    for module in &plan.modules {
+        let sigma = sigma_of(module);
+        if module.kind == ModuleKind::Rmsnorm && sigma > 0.0 {
+            let z: Vec<f64> = (0..HIDDEN).map(|_| sigma * draw.next()).collect();
+            let (sum, sum_sq) = (z.iter().sum(), z.iter().map(|z| z * z).sum());
+            measured.record_aqn(module.index, sigma, HIDDEN, sum, sum_sq);
+            measured.record_norm_output(module.index, 900, 1000);
+        }
+        if module.matmul_error > 0.0 {
+            let mut sums = NoiseSums { elements: 20_000, ..Default::default() };
+            for _ in 0..sums.elements {
+                let (y, z) = (draw.next(), draw.next());
+                sums.error_sq += (y * scale * z).powi(2);
+                sums.clean_sq += y * y;
+                sums.clean_fourth += y.powi(4);
+            }
+            for phase in [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward] {
+                measured.record_matmul(module.index, MatmulDirection::Forward, phase, 1, &sums);
+            }
+            measured.record_matmul(module.index, MatmulDirection::Dx, InjectPhase::Backward, 1, &sums);
+            measured.record_matmul(module.index, MatmulDirection::Dw, InjectPhase::Backward, 1, &sums);
+        }
+    }
+    measured.finish_step(7, SIGMA)
+}
+
+/// Box-Muller over a multiplicative generator: nothing shared with numerics::generator.
+struct Normals(u64);
+
+impl Normals {
+    fn uniform(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        ((self.0 >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+    }
+
+    fn next(&mut self) -> f64 {
+        let (a, b) = (self.uniform(), self.uniform());
+        (-2.0 * a.ln()).sqrt() * (std::f64::consts::TAU * b).cos()
+    }
+}
+
+#[test]
+fn what_was_planned_agrees_and_is_reported() {
+    let plan = plan();
+    let report = step(&plan, |m| m.aqn_multiplier * SIGMA, 0.05);
+    assert_eq!(report.disagreements, Vec::<String>::new());
+    // 9 norms, 28 linears; embedding and head have nothing.
+    assert_eq!(report.rows.len(), 9 + 28);
+    let row = |name: &str| report.rows.iter().find(|r| r["module"] == name).unwrap();
+    let aqn = &row("model.layers.1.input_layernorm")["aqn"];
+    assert_eq!(aqn["planned"], 0.015);
+    assert!((aqn["measured"].as_f64().unwrap() - 0.015).abs() < 4.0 * aqn["standard_error"].as_f64().unwrap());
+    assert_eq!(row("model.layers.2.input_layernorm")["aqn"]["measured"], 0.0);
+    let matmul = &row("model.layers.0.mlp.up_proj")["matmul"];
+    for kind in ["rollout", "forward", "dx", "dw"] {
+        assert!((matmul[kind]["measured"].as_f64().unwrap() / 0.05 - 1.0).abs() < 0.03, "{kind}");
+    }
+    let summary = &report.summary;
+    assert_eq!((&summary["aqn/sigma"], &summary["aqn/modules"]), (&json!(SIGMA), &json!(7)));
+    assert!((summary["aqn/measured_std"].as_f64().unwrap() / SIGMA - 1.0).abs() < 0.15);
+    assert_eq!(summary["aqn/output_changed_ratio"], 0.9);
+    assert_eq!((&summary["noisy_ops/forward_calls"], &summary["noisy_ops/backward_calls"]), (&json!(84), &json!(56)));
+    assert!((summary["noisy_ops/measured_std_backward"].as_f64().unwrap() / 0.05 - 1.0).abs() < 0.02);
+}
+
+#[test]
+fn dropped_multipliers_disagree() {
+    let report = step(&plan(), |_| SIGMA, 0.05);
+    assert!(
+        report.disagreements.iter().any(|d| d.contains("layers.2.input_layernorm: planned 0")),
+        "{:?}",
+        report.disagreements
+    );
+    assert!(
+        report.disagreements.iter().any(|d| d.contains("layers.1.input_layernorm: planned 1.500e-2, applied 1.000e-2"))
+    );
+}
+
+#[test]
+fn a_wrong_spread_disagrees_even_when_the_scale_is_claimed() {
+    let plan = plan();
+    let mut measured = Measured::new(&plan);
+    for module in plan.modules.iter().filter(|m| m.aqn_multiplier > 0.0) {
+        let planned = module.aqn_multiplier * SIGMA;
+        measured.record_aqn(module.index, planned, 1000, 0.0, 1000.0 * (0.9 * planned).powi(2));
+    }
+    let report = measured.finish_step(1, SIGMA);
+    assert_eq!(report.disagreements.iter().filter(|d| d.contains("modules with multiplier")).count(), 2);
+}
+
+#[test]
+fn a_scale_of_zero_disagrees() {
+    let report = step(&plan(), |m| m.aqn_multiplier * SIGMA, 0.0);
+    // 28 linears in 3 forward phases and 2 backward products.
+    assert_eq!(report.disagreements.len(), 28 * 5);
+    assert!(report.disagreements[0].contains("planned 0.05, measured 0.00000"), "{}", report.disagreements[0]);
+    let report = step(&plan(), |_| 0.0, 0.05);
+    assert_eq!(report.disagreements.len(), 7);
+    assert!(report.disagreements[0].contains("nothing was injected"));
+}
+
+#[test]
+fn a_module_or_phase_left_out_or_added_disagrees() {
+    let noise = NoisyOpsSection { enabled: true, phases: PhaseSet::of(&[InjectPhase::Rollout]), ..Default::default() };
+    let modules = qwen2_modules(1, 64, 128, 4, 2, 16, 100);
+    let plan =
+        InjectionPlan::resolve(&NoiseInjectionSection::default(), &noise, &FakeQuantSection::default(), &modules, 0)
+            .unwrap();
+    let sums = NoiseSums { error_sq: 2500.0, clean_sq: 1e6, clean_fourth: 3e6, elements: 1_000_000 };
+    let mut measured = Measured::new(&plan);
+    for module in plan.modules.iter().filter(|m| m.matmul_error > 0.0).skip(1) {
+        measured.record_matmul(module.index, MatmulDirection::Forward, InjectPhase::Rollout, 1, &sums);
+    }
+    measured.record_matmul(5, MatmulDirection::Forward, InjectPhase::Forward, 1, &sums);
+    let report = measured.finish_step(1, 0.0);
+    assert_eq!(report.disagreements.len(), 2, "{:?}", report.disagreements);
+    assert!(report.disagreements[0].contains("q_proj (rollout): planned 0.05, but no noisy product ran"));
+    assert!(report.disagreements[1].contains("o_proj (forward): planned 0, measured 5.0000e-2"));
+    assert_eq!(measured.finish_step(2, 0.0).disagreements, ["noisy_ops: noise is planned, but no noisy product ran"]);
+}
+
+#[test]
+fn quantization_that_did_not_happen_disagrees() {
+    let quant = FakeQuantSection { enabled: true, ..Default::default() };
+    let modules = qwen2_modules(1, 64, 128, 4, 2, 16, 100);
+    let plan =
+        InjectionPlan::resolve(&NoiseInjectionSection::default(), &NoisyOpsSection::default(), &quant, &modules, 0)
+            .unwrap();
+    let mut measured = Measured::new(&plan);
+    let quantized: Vec<u32> = plan.modules.iter().filter(|m| m.weight_format.is_some()).map(|m| m.index).collect();
+    for &index in &quantized {
+        measured.record_quant(index, &TensorErrorSums { x_sq: 100.0, error_sq: 1.0, ..Default::default() });
+    }
+    let report = measured.finish_step(1, 0.0);
+    assert!(report.disagreements.is_empty());
+    assert_eq!(report.summary["quant/sqnr_db"], 20.0);
+    measured.record_quant(quantized[0], &TensorErrorSums { x_sq: 100.0, ..Default::default() });
+    assert_eq!(measured.finish_step(2, 0.0).disagreements.len(), 1);
+    assert_eq!(Measured::new(&plan).finish_step(1, 0.0).disagreements.len(), quantized.len());
+}

@@ -1,0 +1,19 @@
+//! temper hardens a language model against the arithmetic it will run on. ARCHITECTURE.md is the map.
+//!
+//! Modules are listed in dependency order: a module may use those above it, never those below
+//! (tests/tidy.rs holds this).
+
+pub mod analysis;
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod device;
+pub mod error;
+pub mod inject;
+pub mod model;
+pub mod numerics;
+pub mod ops;
+pub mod rl;
+pub mod run;
+
+pub use error::{Error, Result};

@@ -1,0 +1,199 @@
+//! Fake-quantizes the weights of a checkpoint: the same names, shapes and dtypes, other values.
+//!
+//! Quantized: every floating tensor of two or more dimensions, over its last one ([.., K] seen as [rows, K]),
+//! unless a component of its name is excluded. f32 and bf16 are quantized as they are, f16 through f32; values
+//! are rounded once to the stored dtype. q/k/v and gate/up of one layer share a tensor amax, as they do in
+//! training (numerics.md section 2, fused siblings); every other tensor has its own.
+
+use std::collections::BTreeMap;
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+use serde::Serialize;
+
+use super::{Checkpoint, StoredDtype, TensorSpec, TensorView, is_readable_float};
+use crate::numerics::block_format::{TensorScale, finite_amax};
+use crate::numerics::format::Format;
+use crate::numerics::tensor_error::{TensorError, TensorErrorSums};
+use crate::ops::cpu::fake_quant::{FakeQuantStats, fake_quant_bf16_into, fake_quant_f32_into};
+use crate::{Result, bail_input};
+
+/// Names of modules that stay as they are unless a user says otherwise.
+pub const DEFAULT_EXCLUDED: [&str; 2] = ["lm_head", "embed_tokens"];
+
+/// Projections that deployed kernels fuse, and that therefore share one tensor scale.
+const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
+
+/// Elements of one partial sum of metrics: fixed, so that they do not depend on the thread count.
+const SUM_ELEMENTS: usize = 1 << 16;
+
+/// What quantization did to one tensor.
+#[derive(Clone, Debug, Serialize)]
+pub struct QuantizedTensor {
+    pub name: String,
+    pub format: Format,
+    pub dtype: String,
+    pub shape: Vec<usize>,
+    #[serde(flatten)]
+    pub error: TensorError,
+    /// Blocks that held NaN or infinity and became NaN.
+    pub nonfinite_blocks: usize,
+}
+
+/// A checkpoint seen through a format: gives the bytes of every tensor, quantized where it should be.
+pub struct Quantizer<'a> {
+    checkpoint: &'a Checkpoint,
+    format: Format,
+    /// Every tensor, in natural order of names (layer 2 before layer 10).
+    pub specs: Vec<TensorSpec>,
+    quantized: Vec<bool>,
+    shared_amax: BTreeMap<String, f32>,
+}
+
+impl<'a> Quantizer<'a> {
+    /// # Errors
+    /// A tensor to be quantized that is stored in a dtype other than F32, BF16 and F16.
+    pub fn new(checkpoint: &'a Checkpoint, format: Format, excluded: &[&str]) -> Result<Quantizer<'a>> {
+        let mut names: Vec<&str> = checkpoint.names().collect();
+        names.sort_by_key(|name| natural_key(name));
+        let (mut specs, mut quantized) = (Vec::new(), Vec::new());
+        for name in names {
+            let tensor = checkpoint.tensor(name)?;
+            let chosen = tensor.shape.len() >= 2
+                && is_floating(tensor.dtype)
+                && !name.split('.').any(|component| excluded.contains(&component));
+            if chosen && !is_readable_float(tensor.dtype) {
+                bail_input!(
+                    "{}: tensor {name}: found dtype {}, expected F32, BF16 or F16",
+                    checkpoint.file_of(name).display(),
+                    tensor.dtype
+                );
+            }
+            specs.push(TensorSpec::new(name, tensor.dtype, tensor.shape));
+            quantized.push(chosen && tensor.elements() > 0);
+        }
+        let mut quantizer = Quantizer { checkpoint, format, specs, quantized, shared_amax: BTreeMap::new() };
+        if format == Format::Nvfp4 {
+            quantizer.find_shared_amax()?;
+        }
+        Ok(quantizer)
+    }
+
+    pub fn quantized_count(&self) -> usize {
+        self.quantized.iter().filter(|q| **q).count()
+    }
+
+    /// Appends the bytes of tensor `index` to `bytes`; what was done, or `None` for a copy.
+    pub fn fill(&self, index: usize, bytes: &mut Vec<u8>) -> Result<Option<QuantizedTensor>> {
+        let spec = &self.specs[index];
+        let tensor = self.checkpoint.tensor(&spec.name)?;
+        if !self.quantized[index] {
+            bytes.extend_from_slice(tensor.data);
+            return Ok(None);
+        }
+        let scale = match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
+            Some(&amax) => TensorScale::Amax(amax),
+            None => TensorScale::Tensor,
+        };
+        let (x, q, stats) = fake_quantized(&tensor, self.format, scale, bytes)?;
+        Ok(Some(QuantizedTensor {
+            name: spec.name.clone(),
+            format: self.format,
+            dtype: spec.dtype.to_string(),
+            shape: spec.shape.clone(),
+            error: error_sums(&x, &q, stats.saturated).finish(),
+            nonfinite_blocks: stats.nonfinite_blocks,
+        }))
+    }
+
+    fn find_shared_amax(&mut self) -> Result<()> {
+        for (spec, _) in self.specs.iter().zip(&self.quantized).filter(|(_, quantized)| **quantized) {
+            let Some(group) = fused_group(&spec.name) else {
+                continue;
+            };
+            let tensor = self.checkpoint.tensor(&spec.name)?;
+            let amax = finite_amax(&tensor.to_f32()?, last_dimension(&tensor), self.format);
+            let shared = self.shared_amax.entry(group).or_insert(0.0);
+            *shared = shared.max(amax);
+        }
+        Ok(())
+    }
+}
+
+/// Mean over tensors of each metric, over the tensors where it is finite (an all-zero tensor has no SQNR); JSON
+/// null where it is so in none.
+pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
+    let mean = |metric: fn(&TensorError) -> f64| {
+        let values: Vec<f64> = tensors.iter().map(|t| metric(&t.error)).filter(|v| v.is_finite()).collect();
+        values.iter().sum::<f64>() / values.len() as f64
+    };
+    TensorError {
+        sqnr_db: mean(|e| e.sqnr_db),
+        mse: mean(|e| e.mse),
+        rmse: mean(|e| e.rmse),
+        relative_error: mean(|e| e.relative_error),
+        cosine: mean(|e| e.cosine),
+        max_abs_error: mean(|e| e.max_abs_error),
+        deadzone_ratio: mean(|e| e.deadzone_ratio),
+        saturation_ratio: mean(|e| e.saturation_ratio),
+        gain: mean(|e| e.gain),
+    }
+}
+
+/// x and q as f32; the bytes of q in the stored dtype go to `bytes`.
+fn fake_quantized(
+    tensor: &TensorView,
+    format: Format,
+    scale: TensorScale,
+    bytes: &mut Vec<u8>,
+) -> Result<(Vec<f32>, Vec<f32>, FakeQuantStats)> {
+    let cols = last_dimension(tensor);
+    let rows = tensor.elements() / cols;
+    let x = tensor.to_f32()?;
+    if tensor.dtype == StoredDtype::BF16 {
+        let stored: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect(); // exact: they were bf16
+        let mut out = vec![bf16::ZERO; x.len()];
+        let stats = fake_quant_bf16_into(&stored, rows, cols, format, scale, &mut out);
+        bytes.extend(out.iter().flat_map(|v| v.to_le_bytes()));
+        return Ok((x, out.iter().map(|v| v.to_f32()).collect(), stats));
+    }
+    let mut q = vec![0.0; x.len()];
+    let stats = fake_quant_f32_into(&x, rows, cols, format, scale, &mut q);
+    if tensor.dtype == StoredDtype::F16 {
+        q.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
+        bytes.extend(q.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
+    } else {
+        bytes.extend(q.iter().flat_map(|v| v.to_le_bytes()));
+    }
+    Ok((x, q, stats))
+}
+
+fn error_sums(x: &[f32], q: &[f32], saturated: usize) -> TensorErrorSums {
+    let parts: Vec<TensorErrorSums> =
+        x.par_chunks(SUM_ELEMENTS).zip(q.par_chunks(SUM_ELEMENTS)).map(|(x, q)| TensorErrorSums::of(x, q, 0)).collect();
+    let mut sums = TensorErrorSums { saturated: saturated as u64, ..Default::default() };
+    parts.iter().for_each(|part| sums.merge(part));
+    sums
+}
+
+fn last_dimension(tensor: &TensorView) -> usize {
+    tensor.shape.last().copied().unwrap_or(1)
+}
+
+/// `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.self_attn.q_proj`: the group's first sibling.
+fn fused_group(name: &str) -> Option<String> {
+    let module = name.strip_suffix(".weight")?;
+    let (parent, projection) = module.rsplit_once('.')?;
+    let group = FUSED.iter().find(|group| group.contains(&projection))?;
+    Some(format!("{parent}.{}", group[0]))
+}
+
+fn is_floating(dtype: StoredDtype) -> bool {
+    use StoredDtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
+    matches!(dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2)
+}
+
+/// Sorts numbers in a name as numbers.
+fn natural_key(name: &str) -> Vec<(u64, String)> {
+    name.split('.').map(|part| part.parse().map_or((u64::MAX, part.to_string()), |n| (n, String::new()))).collect()
+}

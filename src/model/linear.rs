@@ -1,0 +1,147 @@
+//! A linear layer under the injection plan: fake-quantized weight, AQN on it, noisy products.
+
+use std::cell::RefCell;
+
+use tch::{Kind, Tensor};
+
+use super::parameter::Parameter;
+use super::pass::Pass;
+use crate::Result;
+use crate::ops::noisy_linear::{self, NoisyLinearCall, noisy_linear};
+use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
+
+/// One place of the module list whose product the plan may touch, and what is derived from its weight.
+pub struct Site {
+    pub index: u32, // position in the model's module list
+    quantized: RefCell<Option<Tensor>>,
+    aqn_weight: RefCell<Option<Tensor>>,
+}
+
+impl Site {
+    fn new(index: u32) -> Site {
+        Site { index, quantized: RefCell::new(None), aqn_weight: RefCell::new(None) }
+    }
+
+    /// Sets or removes the noised weight that the phases under AQN use.
+    pub fn set_aqn(&self, weight: Option<Tensor>) {
+        *self.aqn_weight.borrow_mut() = weight;
+    }
+
+    /// Drops what was derived from the weight; call after every change of it.
+    pub fn invalidate(&self) {
+        *self.quantized.borrow_mut() = None;
+    }
+
+    /// Q(w), as [`quantize_weights`](super::quantized::quantize_weights) made it.
+    pub fn set_quantized(&self, weight: Tensor) {
+        *self.quantized.borrow_mut() = Some(weight);
+    }
+
+    /// Q(w) where it has been made since the weight last changed, else w.
+    pub fn quantized(&self, weight: &Parameter) -> Tensor {
+        self.quantized.borrow().as_ref().unwrap_or(weight.value()).shallow_clone()
+    }
+
+    pub fn is_quantized(&self) -> bool {
+        self.quantized.borrow().is_some()
+    }
+
+    /// The weight that the product of this pass uses.
+    fn weight(&self, weight: &Parameter, pass: &Pass) -> Tensor {
+        let Some(injector) = pass.injector else {
+            return weight.value().shallow_clone();
+        };
+        if injector.aqn_applies(pass.phase)
+            && let Some(noised) = self.aqn_weight.borrow().as_ref()
+        {
+            return noised.shallow_clone();
+        }
+        if pass.fake_quant && injector.quantizes(pass.phase) {
+            return self.quantized(weight);
+        }
+        weight.value().shallow_clone()
+    }
+
+    fn call(&self, pass: &Pass, out_features: usize) -> NoisyLinearCall {
+        match pass.injector {
+            Some(injector) if pass.matmul_error => injector.linear_call(
+                self.index,
+                pass.phase,
+                &pass.keys,
+                pass.differentiable,
+                pass.microbatch_draw,
+                out_features,
+            ),
+            _ => NoisyLinearCall::clean(pass.keys.clone(), pass.differentiable),
+        }
+    }
+}
+
+pub struct Linear {
+    pub site: Site,
+    pub weight: Parameter,       // [out, in]
+    pub bias: Option<Parameter>, // [out] f32
+}
+
+impl Linear {
+    pub fn new(index: u32, weight: Parameter, bias: Option<Parameter>) -> Linear {
+        Linear { site: Site::new(index), weight, bias }
+    }
+
+    /// x [tokens, in] -> [tokens, out].
+    pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let weight = self.site.weight(&self.weight, pass);
+        let bias = self.bias.as_ref().map(Parameter::leaf);
+        let call = self.site.call(pass, weight.size()[0] as usize);
+        noisy_linear(x, &weight, bias, self.weight.anchor(), &call)
+    }
+}
+
+/// The language-model head: a linear without bias whose weight may be the embedding's, so it is passed in.
+pub struct Head {
+    pub site: Site,
+    /// A tied head under matmul error keeps its dW apart: the embedding's share of the buffer carries no error.
+    own_gradient: RefCell<Option<Tensor>>,
+}
+
+impl Head {
+    pub fn new(index: u32) -> Head {
+        Head { site: Site::new(index), own_gradient: RefCell::new(None) }
+    }
+
+    /// hidden [tokens, hidden] -> f32 logits [tokens, vocab]. No gradient.
+    pub fn logits(&self, weight: &Parameter, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let w = self.site.weight(weight, pass);
+        let call = self.site.call(pass, w.size()[0] as usize);
+        noisy_linear::forward(hidden, &w, None, &call, true, Kind::Float)
+    }
+
+    /// Log-probability and entropy of `targets` i64 [tokens], differentiable where the pass is.
+    pub fn token_logprobs(
+        &self,
+        weight: &Parameter,
+        hidden: &Tensor,
+        targets: &Tensor,
+        temperature: f64,
+        pass: &Pass,
+    ) -> Result<TokenLogprobs> {
+        let w = self.site.weight(weight, pass);
+        let call = self.site.call(pass, w.size()[0] as usize);
+        let mut own = self.own_gradient.borrow_mut();
+        let anchor = match weight.anchor() {
+            Some((master, shared)) if pass.differentiable && call.dx.draw.is_some() => {
+                if own.is_none() {
+                    *own = Some(shared.f_zeros_like()?);
+                }
+                Some((master, own.as_ref().unwrap_or(shared)))
+            }
+            anchor => anchor,
+        };
+        token_logprobs(hidden, &w, anchor, targets, temperature, &call)
+    }
+
+    /// The head's own dW since the last call, if it is kept apart.
+    pub fn take_own_gradient(&self) -> Option<Tensor> {
+        self.own_gradient.borrow_mut().take()
+    }
+}

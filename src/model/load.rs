@@ -1,0 +1,130 @@
+//! A model from a directory or from a seed, and back to a directory that transformers loads.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind, Tensor};
+
+use super::checkpoint::{Checkpoint, StoredDtype, TensorSpec, TensorView, resolve_model_path, write_model_dir};
+use super::config::Qwen2Config;
+use super::qwen2::Qwen2;
+use super::section::{Dtype, ModelSection};
+use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
+use crate::ops::cpu::normals::normals_into;
+use crate::{Error, Result, bail_input};
+
+pub fn kind_of(dtype: Dtype) -> Kind {
+    match dtype {
+        Dtype::F32 => Kind::Float,
+        Dtype::Bf16 => Kind::BFloat16,
+    }
+}
+
+/// Loads a model directory. `kind` None: the dtype that config.json names.
+pub fn load_model(dir: &Path, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
+    let config = Qwen2Config::from_dir(dir)?;
+    let checkpoint = Checkpoint::open(dir)?;
+    checkpoint.check(&config)?;
+    let kind = kind.unwrap_or(kind_of(config.dtype));
+    Qwen2::build(config, device, kind, |name, _| tensor_of(&checkpoint.tensor(name)?))
+}
+
+/// As [`load_model`], for looking at a model rather than training it: f32 on a CPU, where bf16 products only cost
+/// accuracy, and the checkpoint's dtype on a GPU.
+pub fn load_for_inference(dir: &Path, device: Device) -> Result<Qwen2> {
+    load_model(dir, device, (device == Device::Cpu).then_some(Kind::Float))
+}
+
+/// Hugging Face's `initializer_range`.
+pub const INITIALIZER_RANGE: f32 = 0.02;
+
+/// Random weights that depend on (config, seed, std) alone: N(0, std^2), output projections scaled by 1/sqrt(2 layers)
+/// as in GPT-2, norms 1, biases 0.
+pub fn random_model(config: Qwen2Config, seed: u64, std: f32, device: Device, kind: Kind) -> Result<Qwen2> {
+    let residual_scale = 1.0 / (2.0 * config.num_hidden_layers as f32).sqrt();
+    let mut index = 0u32;
+    Qwen2::build(config, device, kind, |name, shape| {
+        index += 1;
+        let dims: Vec<i64> = shape.iter().map(|&d| d as i64).collect();
+        if name.ends_with(".bias") {
+            return Ok(Tensor::f_zeros(&dims, (Kind::Float, Device::Cpu))?);
+        }
+        let &[rows, cols] = shape else {
+            return Ok(Tensor::f_ones(&dims, (Kind::Float, Device::Cpu))?);
+        };
+        let projects_out = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
+        let std = std * if projects_out { residual_scale } else { 1.0 };
+        let stream = stream(Purpose::Other, Phase::Shared, 0, index)?;
+        let mut values = vec![0f32; rows * cols];
+        for (row, values) in values.chunks_mut(cols).enumerate() {
+            normals_into(seed, stream, row_key(0, row as u32), values);
+            values.iter_mut().for_each(|v| *v *= std);
+        }
+        Ok(Tensor::f_from_slice(&values)?.f_view(dims.as_slice())?)
+    })
+}
+
+/// The model that a `model:` section names, and the directory it came from (None: random weights of a preset).
+pub fn model_of_section(section: &ModelSection, seed: u64, device: Device) -> Result<(Qwen2, Option<PathBuf>)> {
+    let kind = kind_of(section.dtype);
+    match (&section.path, &section.preset) {
+        (Some(path), _) => {
+            let dir = resolve_model_path(path)?;
+            Ok((load_model(&dir, device, Some(kind))?, Some(dir)))
+        }
+        (None, Some(preset)) => {
+            let mut config = Qwen2Config::preset(preset)?;
+            config.dtype = section.dtype;
+            Ok((random_model(config, seed, INITIALIZER_RANGE, device, kind)?, None))
+        }
+        (None, None) => bail_input!("model: expected path (a model directory) or preset (known shapes)"),
+    }
+}
+
+/// Writes config.json, generation_config.json, the weights in `dtype`, and the tokenizer files of `tokenizer_dir`.
+pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir: &Path) -> Result<()> {
+    let mut config = model.config.clone();
+    config.dtype = dtype;
+    let parameters = model.parameters();
+    let stored = stored_dtype(dtype);
+    let specs: Vec<TensorSpec> = parameters
+        .iter()
+        .map(|p| {
+            let shape: Vec<usize> = p.value().size().iter().map(|&d| d as usize).collect();
+            TensorSpec::new(&p.name, stored, &shape)
+        })
+        .collect();
+    write_model_dir(dir, &config, tokenizer_dir, &specs, |index, bytes| {
+        let parameter = parameters[index];
+        let exact = parameter.master().unwrap_or_else(|| parameter.value().shallow_clone());
+        append_bytes(&exact.f_to_kind(kind_of(dtype))?, bytes)
+    })?;
+    Ok(())
+}
+
+pub fn stored_dtype(dtype: Dtype) -> StoredDtype {
+    match dtype {
+        Dtype::F32 => StoredDtype::F32,
+        Dtype::Bf16 => StoredDtype::BF16,
+    }
+}
+
+/// Appends the tensor's little-endian row-major bytes.
+pub fn append_bytes(tensor: &Tensor, bytes: &mut Vec<u8>) -> Result<()> {
+    let tensor = tensor.f_to_device(Device::Cpu)?.f_contiguous()?;
+    let start = bytes.len();
+    bytes.resize(start + tensor.numel() * tensor.kind().elt_size_in_bytes(), 0);
+    tensor.f_copy_data_u8(&mut bytes[start..], tensor.numel())?;
+    Ok(())
+}
+
+/// A CPU tensor with a copy of the stored values.
+pub fn tensor_of(view: &TensorView) -> Result<Tensor> {
+    let kind = match view.dtype {
+        StoredDtype::F32 => Kind::Float,
+        StoredDtype::BF16 => Kind::BFloat16,
+        StoredDtype::F16 => Kind::Half,
+        other => return Err(Error::Input(format!("found dtype {other:?}, expected F32, BF16 or F16"))),
+    };
+    let shape: Vec<i64> = view.shape.iter().map(|&d| d as i64).collect();
+    Ok(Tensor::f_from_data_size(view.data, &shape, kind)?)
+}

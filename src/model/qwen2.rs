@@ -1,0 +1,222 @@
+//! Qwen2: token ids in, hidden states out; every linear and norm goes through the injection plan.
+//!
+//! Rows are flattened tokens [tokens] of several sequences, without padding; hidden states [tokens, hidden].
+
+use tch::{Device, Kind, Tensor};
+
+use super::attention::{Attend, Attention, Rotary};
+use super::config::Qwen2Config;
+use super::linear::{Head, Linear, Site};
+use super::norm::RmsNorm;
+use super::parameter::{Parameter, Role};
+use super::pass::Pass;
+use super::quantized::quantize_weights;
+use crate::Result;
+use crate::ops::autograd::exact_products;
+use crate::ops::embedding::embedding;
+
+pub struct Mlp {
+    pub gate_proj: Linear,
+    pub up_proj: Linear,
+    pub down_proj: Linear,
+}
+
+impl Mlp {
+    fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let gate = self.gate_proj.forward(x, pass)?.f_silu()?;
+        self.down_proj.forward(&gate.f_mul(&self.up_proj.forward(x, pass)?)?, pass)
+    }
+}
+
+pub struct Block {
+    pub input_layernorm: RmsNorm,
+    pub attention: Attention,
+    pub post_attention_layernorm: RmsNorm,
+    pub mlp: Mlp,
+}
+
+pub struct Qwen2 {
+    pub config: Qwen2Config,
+    pub embed_tokens: Parameter, // [vocab, hidden]
+    pub blocks: Vec<Block>,
+    pub norm: RmsNorm,
+    pub lm_head: Option<Parameter>, // [vocab, hidden]; None: tied to embed_tokens
+    pub head: Head,
+    device: Device,
+    kind: Kind,
+}
+
+/// A module of the plan that computes: where AQN and quantization reach it.
+pub enum Module<'a> {
+    Norm(&'a RmsNorm),
+    Linear(&'a Site, &'a Parameter),
+}
+
+impl Qwen2 {
+    /// Builds the model; `tensor(name, shape)` gives each weight by its Hugging Face name.
+    pub fn build(
+        config: Qwen2Config,
+        device: Device,
+        kind: Kind,
+        mut tensor: impl FnMut(&str, &[usize]) -> Result<Tensor>,
+    ) -> Result<Qwen2> {
+        exact_products();
+        let mut parameters: std::collections::HashMap<String, Parameter> = Default::default();
+        for (name, shape) in config.parameter_shapes() {
+            let role = if shape.len() == 1 { Role::Vector } else { Role::Matrix };
+            let value = tensor(&name, &shape)?.f_to_device(device)?;
+            parameters.insert(name.clone(), Parameter::frozen(&name, role, value, kind)?);
+        }
+        let mut index = 0u32;
+        let mut next = || {
+            index += 1;
+            index
+        };
+        let mut take = |name: String| {
+            parameters
+                .remove(&name)
+                .ok_or_else(|| crate::Error::Runtime(format!("{name}: not among the model's parameters")))
+        };
+        let embed_tokens = take("model.embed_tokens.weight".into())?;
+        let eps = config.rms_norm_eps;
+        let mut blocks = Vec::with_capacity(config.num_hidden_layers);
+        for layer in 0..config.num_hidden_layers {
+            let prefix = format!("model.layers.{layer}");
+            let mut linear = |name: &str, bias: bool| -> Result<Linear> {
+                let weight = take(format!("{prefix}.{name}.weight"))?;
+                let bias = bias.then(|| take(format!("{prefix}.{name}.bias"))).transpose()?;
+                Ok(Linear::new(next(), weight, bias))
+            };
+            // Construction order is the module list's order: the indices are part of the noise keys.
+            let norm = |linear: &mut dyn FnMut(&str, bool) -> Result<Linear>, name: &str| -> Result<RmsNorm> {
+                let Linear { site, weight, .. } = linear(name, false)?;
+                Ok(RmsNorm::new(site.index, weight, eps))
+            };
+            let input_layernorm = norm(&mut linear, "input_layernorm")?;
+            let attention = Attention {
+                q_proj: linear("self_attn.q_proj", true)?,
+                k_proj: linear("self_attn.k_proj", true)?,
+                v_proj: linear("self_attn.v_proj", true)?,
+                o_proj: linear("self_attn.o_proj", false)?,
+            };
+            let post_attention_layernorm = norm(&mut linear, "post_attention_layernorm")?;
+            let mlp = Mlp {
+                gate_proj: linear("mlp.gate_proj", false)?,
+                up_proj: linear("mlp.up_proj", false)?,
+                down_proj: linear("mlp.down_proj", false)?,
+            };
+            blocks.push(Block { input_layernorm, attention, post_attention_layernorm, mlp });
+        }
+        let norm = RmsNorm::new(next(), take("model.norm.weight".into())?, eps);
+        let head = Head::new(next());
+        let lm_head = (!config.tie_word_embeddings).then(|| take("lm_head.weight".into())).transpose()?;
+        Ok(Qwen2 { config, embed_tokens, blocks, norm, lm_head, head, device, kind })
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The dtype of the products' operands.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    pub fn head_weight(&self) -> &Parameter {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// ids, positions i64 [tokens] -> the residual stream after the last block, before the final norm.
+    pub fn residual(&self, ids: &Tensor, positions: &Tensor, attend: &Attend, pass: &Pass) -> Result<Tensor> {
+        if let Some(injector) = pass.injector
+            && pass.fake_quant
+            && injector.quantizes(pass.phase)
+        {
+            quantize_weights(self, injector)?;
+        }
+        let embedding_anchor = self.embed_tokens.anchor();
+        let mut x = embedding(ids, self.embed_tokens.value(), embedding_anchor, pass.differentiable)?;
+        let rotary = Rotary::new(&self.config, positions)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let normed = block.input_layernorm.forward(&x, pass)?;
+            x = x.f_add(&block.attention.forward(layer, &normed, &self.config, &rotary, attend, pass)?)?;
+            let normed = block.post_attention_layernorm.forward(&x, pass)?;
+            x = x.f_add(&block.mlp.forward(&normed, pass)?)?;
+        }
+        Ok(x)
+    }
+
+    /// Every parameter once, in the order of the module list.
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        let mut all = vec![&self.embed_tokens];
+        for block in &self.blocks {
+            all.push(&block.input_layernorm.weight);
+            for linear in block.linears() {
+                if std::ptr::eq(linear, &block.mlp.gate_proj) {
+                    all.push(&block.post_attention_layernorm.weight);
+                }
+                all.push(&linear.weight);
+                all.extend(&linear.bias);
+            }
+        }
+        all.push(&self.norm.weight);
+        all.extend(&self.lm_head);
+        all
+    }
+
+    /// As [`Qwen2::parameters`], writable. Call [`Qwen2::invalidate`] after changing values.
+    pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
+        let mut all = vec![&mut self.embed_tokens];
+        for block in &mut self.blocks {
+            all.push(&mut block.input_layernorm.weight);
+            let Attention { q_proj, k_proj, v_proj, o_proj } = &mut block.attention;
+            for linear in [q_proj, k_proj, v_proj, o_proj] {
+                all.push(&mut linear.weight);
+                all.extend(&mut linear.bias);
+            }
+            all.push(&mut block.post_attention_layernorm.weight);
+            let Mlp { gate_proj, up_proj, down_proj } = &mut block.mlp;
+            for linear in [gate_proj, up_proj, down_proj] {
+                all.push(&mut linear.weight);
+            }
+        }
+        all.push(&mut self.norm.weight);
+        all.extend(&mut self.lm_head);
+        all
+    }
+
+    /// Norms and linears with their module index, in the order of the module list.
+    pub fn modules(&self) -> Vec<(u32, Module<'_>)> {
+        let mut all = Vec::new();
+        for block in &self.blocks {
+            all.push((block.input_layernorm.index, Module::Norm(&block.input_layernorm)));
+            for linear in block.linears() {
+                if std::ptr::eq(linear, &block.mlp.gate_proj) {
+                    let norm = &block.post_attention_layernorm;
+                    all.push((norm.index, Module::Norm(norm)));
+                }
+                all.push((linear.site.index, Module::Linear(&linear.site, &linear.weight)));
+            }
+        }
+        all.push((self.norm.index, Module::Norm(&self.norm)));
+        all.push((self.head.site.index, Module::Linear(&self.head.site, self.head_weight())));
+        all
+    }
+
+    /// Drops everything derived from the weights (quantized copies).
+    pub fn invalidate(&self) {
+        for (_, module) in self.modules() {
+            if let Module::Linear(site, _) = module {
+                site.invalidate();
+            }
+        }
+    }
+}
+
+impl Block {
+    /// In the order of the module list.
+    pub fn linears(&self) -> [&Linear; 7] {
+        let (a, m) = (&self.attention, &self.mlp);
+        [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj, &m.gate_proj, &m.up_proj, &m.down_proj]
+    }
+}

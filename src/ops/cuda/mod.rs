@@ -1,0 +1,6 @@
+//! The CUDA side of every operation; launch.rs is the one place that launches.
+
+pub mod fake_quant;
+pub mod launch;
+pub mod matmul_error;
+pub mod perturb;

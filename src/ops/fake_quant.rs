@@ -1,0 +1,77 @@
+//! Fake quantization of a tensor: the values that `Format` can hold, in the input's dtype.
+//!
+//! Blocks lie along the last dimension. The definition is numerics::block_format; cpu/ and cuda/ equal it bit for bit.
+//! Shapes: x [rows, K] f32 or bf16, contiguous; the result has the same shape and dtype and no gradient: callers pass
+//! it straight through.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{cpu, cuda};
+use crate::numerics::block_format::{TensorScale, finite_amax};
+use crate::numerics::format::Format;
+use crate::numerics::tensor_error::TensorErrorSums;
+use crate::{Error, Result};
+
+/// `scale`: what nvfp4's tensor amax is taken over.
+pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale) -> Result<Tensor> {
+    let (rows, cols) = x.size2()?;
+    if x.device() != Device::Cpu {
+        return Ok(cuda::fake_quant::fake_quant_scaled(x, format, scale)?.dequantized);
+    }
+    let (rows, cols) = (rows as usize, cols as usize);
+    let mut out = x.f_empty_like()?;
+    match x.kind() {
+        Kind::Float => {
+            let (x, out) = (cpu::tensor::f32_slice(x)?, cpu::tensor::f32_slice_mut(&mut out)?);
+            cpu::fake_quant::fake_quant_f32_into(x, rows, cols, format, scale, out);
+        }
+        Kind::BFloat16 => {
+            let (x, out) = (cpu::tensor::bf16_slice(x)?, cpu::tensor::bf16_slice_mut(&mut out)?);
+            cpu::fake_quant::fake_quant_bf16_into(x, rows, cols, format, scale, out);
+        }
+        other => return Err(Error::Runtime(format!("fake_quant: dtype {other:?}, expected f32 or bf16"))),
+    }
+    Ok(out)
+}
+
+/// The tensor amax A of x: over blocks without NaN or infinity.
+pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
+    let (_, cols) = x.size2()?;
+    if x.device() != Device::Cpu {
+        let largest = f64::try_from(x.f_abs()?.f_max()?)? as f32;
+        if largest.is_finite() {
+            return Ok(largest);
+        }
+        // Rare, and then which blocks to leave out decides: the CPU's definition does it.
+    }
+    let host = x.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
+    Ok(finite_amax(cpu::tensor::f32_slice(&host)?, cols as usize, format))
+}
+
+/// The sums behind the error metrics of `quantized` against `x`, saturation aside.
+pub fn error_sums(x: &Tensor, quantized: &Tensor) -> Result<TensorErrorSums> {
+    let f32_of = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_kind(Kind::Float)?.f_contiguous()?) };
+    let (x, q) = (f32_of(x)?, f32_of(quantized)?);
+    if x.device() == Device::Cpu {
+        return Ok(TensorErrorSums::of(cpu::tensor::f32_slice(&x)?, cpu::tensor::f32_slice(&q)?, 0));
+    }
+    let finite = x.f_isfinite()?.f_logical_and(&q.f_isfinite()?)?;
+    let nonfinite = finite.f_logical_not()?;
+    let (x, q) = (x.f_masked_fill(&nonfinite, 0.0)?, q.f_masked_fill(&nonfinite, 0.0)?);
+    let error = q.f_sub(&x)?.f_abs()?;
+    let sum = |t: Tensor| -> Result<f64> { Ok(f64::try_from(t.f_sum(Kind::Double)?)?) };
+    let (nonzero, to_zero) = (x.f_ne(0.0)?, q.f_eq(0.0)?);
+    Ok(TensorErrorSums {
+        elements: sum(finite)? as u64,
+        x_sq: sum(x.f_square()?)?,
+        q_sq: sum(q.f_square()?)?,
+        x_q: sum(x.f_mul(&q)?)?,
+        error_sq: sum(error.f_square()?)?,
+        relative: sum(error.f_div(&x.f_abs()?.f_add_scalar(1e-10)?)?)?,
+        max_abs_error: f64::try_from(error.f_max()?)?,
+        deadzone: sum(nonzero.f_logical_and(&to_zero)?)? as u64,
+        nonzero: sum(nonzero)? as u64,
+        saturated: 0,
+        nonfinite: sum(nonfinite)? as u64,
+    })
+}

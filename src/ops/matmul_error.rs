@@ -1,0 +1,175 @@
+//! The error of a matrix product: y' = law(y, s, z), then + bias, then one rounding to the output dtype.
+//!
+//! `y` f32 [rows, cols] is the clean product; z is keyed by (seed, stream, token key of the row, column), so it does not
+//! depend on how rows are batched (numerics.md section 4).
+
+use std::sync::{Arc, Mutex};
+
+use tch::{Device, Kind, Tensor};
+
+use super::{cpu, cuda};
+use crate::numerics::error_law::{ErrorLaw, NoiseSums};
+use crate::{Error, Result};
+
+/// Which draw, from which law, at which scale.
+#[derive(Clone, Debug)]
+pub struct ErrorDraw {
+    pub law: ErrorLaw,
+    pub scale: f32,
+    pub seed: u64,
+    pub stream: u32,
+}
+
+/// The token keys of a product's rows, on the host and (made once, on first use) on the device.
+#[derive(Clone)]
+pub struct RowKeys {
+    host: Arc<Vec<u64>>,
+    device: Arc<Mutex<Option<Tensor>>>,
+}
+
+impl RowKeys {
+    pub fn new(keys: Vec<u64>) -> RowKeys {
+        RowKeys { host: Arc::new(keys), device: Arc::new(Mutex::new(None)) }
+    }
+
+    pub fn len(&self) -> usize {
+        self.host.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.host.is_empty()
+    }
+
+    pub fn host(&self) -> &[u64] {
+        &self.host
+    }
+
+    /// The keys of `rows` (positions in this list), in that order.
+    pub fn select(&self, rows: &[usize]) -> RowKeys {
+        RowKeys::new(rows.iter().map(|&r| self.host[r]).collect())
+    }
+
+    /// The keys of rows start .. start + len.
+    pub fn narrow(&self, start: usize, len: usize) -> RowKeys {
+        RowKeys::new(self.host[start..start + len].to_vec())
+    }
+
+    /// i64 [rows] on `device` (the same bits).
+    pub fn on_device(&self, device: Device) -> Result<Tensor> {
+        let mut slot = self.device.lock().unwrap_or_else(|p| p.into_inner());
+        if let Some(tensor) = slot.as_ref() {
+            return Ok(tensor.shallow_clone());
+        }
+        let bits: Vec<i64> = self.host.iter().map(|&k| k as i64).collect();
+        let tensor = Tensor::f_from_slice(&bits)?.f_to_device(device)?;
+        *slot = Some(tensor.shallow_clone());
+        Ok(tensor)
+    }
+}
+
+/// What was measured where noise was added, summed over calls. On CUDA the sums stay on the device until [`take`].
+///
+/// [`take`]: SumsSink::take
+#[derive(Clone, Default)]
+pub struct SumsSink(Arc<Mutex<SinkState>>);
+
+#[derive(Default)]
+struct SinkState {
+    calls: u64,
+    sums: NoiseSums,
+    device_sums: Option<Tensor>, // f64 [4]: error_sq, clean_sq, clean_fourth, elements
+}
+
+impl SumsSink {
+    fn add(&self, sums: &NoiseSums) {
+        let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
+        state.calls += 1;
+        state.sums.merge(sums);
+    }
+
+    fn device_sums(&self, device: Device) -> Result<Tensor> {
+        let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
+        state.calls += 1;
+        if state.device_sums.is_none() {
+            state.device_sums = Some(Tensor::f_zeros([4], (Kind::Double, device))?);
+        }
+        match &state.device_sums {
+            Some(t) => Ok(t.shallow_clone()),
+            None => Err(Error::Runtime("no device sums".into())),
+        }
+    }
+
+    /// The number of calls and their sums since the last take. Reads the device once.
+    pub fn take(&self) -> Result<(u64, NoiseSums)> {
+        let state = std::mem::take(&mut *self.0.lock().unwrap_or_else(|p| p.into_inner()));
+        let mut sums = state.sums;
+        if let Some(tensor) = state.device_sums {
+            let v = Vec::<f64>::try_from(tensor)?;
+            sums.merge(&NoiseSums { error_sq: v[0], clean_sq: v[1], clean_fourth: v[2], elements: v[3] as u64 });
+        }
+        Ok((state.calls, sums))
+    }
+}
+
+/// `y` f32 [rows, cols], consumed; `bias` f32 [cols]; result [rows, cols] of `out_kind` (Float or BFloat16).
+/// Without a draw: y + bias, rounded once.
+pub fn finish_product(
+    mut y: Tensor,
+    bias: Option<&Tensor>,
+    draw: Option<&ErrorDraw>,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+    out_kind: Kind,
+) -> Result<Tensor> {
+    let Some(draw) = draw else {
+        let y = match bias {
+            Some(bias) => y.f_add_(bias)?,
+            None => y,
+        };
+        return Ok(y.f_to_kind(out_kind)?);
+    };
+    let (rows, cols) = y.size2()?;
+    if rows as usize != keys.len() {
+        return Err(Error::Runtime(format!("{} token keys for {rows} rows", keys.len())));
+    }
+    let y_device = y.device();
+    if y_device != Device::Cpu {
+        let sums = match sink {
+            Some(sink) => sink.device_sums(y_device)?,
+            None => Tensor::f_zeros([4], (Kind::Double, y_device))?,
+        };
+        let tokens = keys.on_device(y_device)?;
+        let ErrorDraw { law, scale, seed, stream } = *draw;
+        return cuda::matmul_error::matmul_error(&y, &tokens, law, scale, seed, stream, bias, out_kind, &sums);
+    }
+    let bias = bias.map(cpu::tensor::f32_slice).transpose()?;
+    let ErrorDraw { law, scale, seed, stream } = *draw;
+    let cols = cols as usize;
+    let (result, sums) = match out_kind {
+        Kind::Float => {
+            let values = cpu::tensor::f32_slice_mut(&mut y)?;
+            let sums = cpu::matmul_error::apply_f32(law, scale, seed, stream, keys.host(), values, cols, bias);
+            (y, sums)
+        }
+        Kind::BFloat16 => {
+            let mut out = Tensor::f_empty([rows, cols as i64], (Kind::BFloat16, Device::Cpu))?;
+            let sums = cpu::matmul_error::apply_bf16(
+                law,
+                scale,
+                seed,
+                stream,
+                keys.host(),
+                cpu::tensor::f32_slice(&y)?,
+                cols,
+                bias,
+                cpu::tensor::bf16_slice_mut(&mut out)?,
+            );
+            (out, sums)
+        }
+        other => return Err(Error::Runtime(format!("matmul error: output dtype {other:?}"))),
+    };
+    if let Some(sink) = sink {
+        sink.add(&sums);
+    }
+    Ok(result)
+}

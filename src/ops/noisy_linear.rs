@@ -1,0 +1,148 @@
+//! The noisy linear layer, forward and backward (numerics.md section 4).
+//!
+//! y' = law(x W^T) + bias; in autograd the error is a constant, so with dY' the incoming gradient
+//! dX = law(dY' W), dW = law(dY'^T x), each with its own draw; the bias gradient is exact.
+//! W is the weight that the product uses (fake-quantized where the plan says so); dW reaches the unquantized master
+//! (straight-through) by accumulating into an f32 buffer of ours, never through torch's bf16 `.grad`.
+//!
+//! Shapes: x [tokens, in], W [out, in], bias [out] f32, y [tokens, out]. x and W share a dtype (f32 or bf16).
+
+use tch::{Device, Kind, Tensor};
+
+use super::autograd::{Backward, attach};
+use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, finish_product};
+use crate::Result;
+
+/// The error of one of the three products, and where its measurement goes.
+#[derive(Clone, Default)]
+pub struct ProductError {
+    pub draw: Option<ErrorDraw>,
+    pub sink: Option<SumsSink>,
+}
+
+/// dW's own draw when `dw_draw: per_microbatch`: its rows are out features.
+#[derive(Clone)]
+pub struct WeightGradientError {
+    pub error: ProductError,
+    pub keys: RowKeys, // [out]
+}
+
+/// Everything one call captures at forward; backward reads nothing else.
+#[derive(Clone)]
+pub struct NoisyLinearCall {
+    pub keys: RowKeys, // [tokens]
+    /// False where no backward will follow (rollout, validation, log-probs of old and reference policy).
+    pub differentiable: bool,
+    pub forward: ProductError,
+    pub dx: ProductError,
+    /// None: no error on the micro-batch's dW (it is drawn per update, or not at all).
+    pub dw: Option<WeightGradientError>,
+}
+
+impl NoisyLinearCall {
+    /// A call without any error.
+    pub fn clean(keys: RowKeys, differentiable: bool) -> NoisyLinearCall {
+        let (forward, dx) = (ProductError::default(), ProductError::default());
+        NoisyLinearCall { keys, differentiable, forward, dx, dw: None }
+    }
+}
+
+/// a [m, k] times b [k, n], accumulated in f32, result f32.
+fn product_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.kind() == Kind::Float {
+        return Ok(a.f_mm(b)?);
+    }
+    if a.device() == Device::Cpu {
+        // The CPU's bf16 product would round its result; numerics.md wants the unrounded f32 sum.
+        return Ok(a.f_to_kind(Kind::Float)?.f_mm(&b.f_to_kind(Kind::Float)?)?);
+    }
+    Ok(a.f_mm_dtype(b, Kind::Float)?)
+}
+
+/// The forward product with its error. No gradient.
+pub fn forward(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    call: &NoisyLinearCall,
+    record: bool,
+    out_kind: Kind,
+) -> Result<Tensor> {
+    let y = product_f32(x, &weight.f_transpose(0, 1)?)?;
+    let sink = call.forward.sink.as_ref().filter(|_| record);
+    finish_product(y, bias, call.forward.draw.as_ref(), &call.keys, sink, out_kind)
+}
+
+/// dX = law(dY W) in the dtype of `weight`. No gradient.
+pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Result<Tensor> {
+    let dx = product_f32(dy, weight)?;
+    let error = &call.dx;
+    finish_product(dx, None, error.draw.as_ref(), &call.keys, error.sink.as_ref(), weight.kind())
+}
+
+/// into += law(dY^T x); `into` f32 [out, in]. No gradient.
+pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
+    let dw = product_f32(&dy.f_transpose(0, 1)?, x)?;
+    let dw = match &call.dw {
+        Some(WeightGradientError { error, keys }) => {
+            finish_product(dw, None, error.draw.as_ref(), keys, error.sink.as_ref(), Kind::Float)?
+        }
+        None => dw,
+    };
+    let _ = into.f_add_(&dw)?;
+    Ok(())
+}
+
+struct NoisyLinearBackward {
+    call: NoisyLinearCall,
+    gradient: Option<Tensor>, // f32 [out, in], shared with the parameter
+    has_bias: bool,
+}
+
+impl Backward for NoisyLinearBackward {
+    fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
+        let mut result = vec![None, None];
+        if self.has_bias {
+            result.push(None);
+        }
+        let (Some(dy), [x, weight]) = (&grads[0], saved) else {
+            return Ok(result);
+        };
+        let dy = dy.f_contiguous()?.f_to_kind(x.kind())?;
+        if needs[0] {
+            result[0] = Some(backward_dx(&dy, weight, &self.call)?);
+        }
+        if let Some(gradient) = &self.gradient {
+            accumulate_dw(&dy, x, &self.call, &mut gradient.shallow_clone())?;
+        }
+        if self.has_bias && needs[2] {
+            result[2] = Some(dy.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Float)?);
+        }
+        Ok(result)
+    }
+}
+
+/// The differentiable operation. `anchor`: the weight's f32 master (a leaf), so that the graph knows that the weight
+/// wants a gradient; `gradient`: its f32 buffer. Both None for a frozen weight.
+pub fn noisy_linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    anchor: Option<(&Tensor, &Tensor)>,
+    call: &NoisyLinearCall,
+) -> Result<Tensor> {
+    let out = tch::no_grad(|| forward(x, weight, bias, call, true, x.kind()))?;
+    let mut inputs = vec![x, anchor.map_or(weight, |(master, _)| master)];
+    inputs.extend(bias);
+    if !call.differentiable || inputs.iter().all(|t| !t.requires_grad()) {
+        return Ok(out);
+    }
+    let operation = NoisyLinearBackward {
+        call: call.clone(),
+        gradient: anchor.map(|(_, gradient)| gradient.shallow_clone()),
+        has_bias: bias.is_some(),
+    };
+    let weight = weight.detach();
+    let outputs = attach(&inputs, &[&x.detach(), &weight], &[&out], operation)?;
+    Ok(outputs.into_iter().next().unwrap_or(out))
+}

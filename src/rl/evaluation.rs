@@ -1,0 +1,130 @@
+//! Greedy accuracy on held-out questions, in every condition that applies.
+//!
+//! clean: nothing injected; noisy: matmul error; quantized: fake quantization; deployed: both. Keys hold the question's
+//! index and no step, so that evaluations of different steps and runs are paired, question by question.
+
+use serde::Serialize;
+
+use super::recipe::PreparedQuestion;
+use super::reward;
+use super::section::RewardMode;
+use crate::Result;
+use crate::inject::injector::Injector;
+use crate::inject::section::InjectPhase;
+use crate::model::generate::{Completion, Prompt, Request, Sampling, generate};
+use crate::model::pass::{Pass, PromptUid};
+use crate::model::qwen2::Qwen2;
+use crate::model::tokenizer::Tokenizer;
+use crate::numerics::noise_key::{Phase, VALIDATION_STEP};
+use crate::ops::matmul_error::RowKeys;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Condition {
+    Clean,
+    Noisy,
+    Quantized,
+    Deployed,
+}
+
+impl Condition {
+    pub fn name(self) -> &'static str {
+        match self {
+            Condition::Clean => "clean",
+            Condition::Noisy => "noisy",
+            Condition::Quantized => "quantized",
+            Condition::Deployed => "deployed",
+        }
+    }
+
+    /// The conditions that differ under the injector's plan; the last one is the configuration's own.
+    pub fn applying(injector: &Injector) -> Vec<Condition> {
+        let plan = injector.plan();
+        let noisy =
+            plan.matmul_phases.contains(InjectPhase::Validation) && plan.modules.iter().any(|m| m.matmul_error != 0.0);
+        let quantized = plan.quant_phases.contains(InjectPhase::Validation)
+            && plan.modules.iter().any(|m| m.weight_format.is_some());
+        let mut all = vec![Condition::Clean];
+        if noisy {
+            all.push(Condition::Noisy);
+        }
+        if quantized {
+            all.push(Condition::Quantized);
+        }
+        if noisy && quantized {
+            all.push(Condition::Deployed);
+        }
+        all
+    }
+
+    /// A validation pass under this condition.
+    pub fn pass(self, injector: &Injector) -> Pass<'_> {
+        Pass {
+            matmul_error: matches!(self, Condition::Noisy | Condition::Deployed),
+            fake_quant: matches!(self, Condition::Quantized | Condition::Deployed),
+            ..Pass::injected(injector, Phase::Validation, RowKeys::new(Vec::new()))
+        }
+    }
+}
+
+/// One question's outcome.
+#[derive(Clone, Debug, Serialize)]
+pub struct Answer {
+    pub index: u32,
+    pub correct: bool,
+    /// The answer is there in the form that `strict` wants, right or wrong.
+    pub well_formed: bool,
+    pub response_tokens: usize,
+    pub finished: bool,
+    pub text: String,
+}
+
+pub struct Evaluation<'a> {
+    pub model: &'a Qwen2,
+    pub tokenizer: &'a Tokenizer,
+    pub questions: &'a [PreparedQuestion],
+    pub mode: RewardMode,
+    pub max_new_tokens: usize,
+    pub batch_size: usize,
+}
+
+impl Evaluation<'_> {
+    /// One answer per question, in order. `progress` counts questions.
+    pub fn run(&self, pass: &Pass, mut progress: impl FnMut(usize)) -> Result<Vec<Answer>> {
+        let mut answers = Vec::with_capacity(self.questions.len());
+        for batch in self.questions.chunks(self.batch_size.max(1)) {
+            let prompts: Vec<Prompt> = batch
+                .iter()
+                .map(|q| Prompt {
+                    uid: PromptUid { step: VALIDATION_STEP, dataset_index: q.index },
+                    ids: q.prompt_ids.clone(),
+                })
+                .collect();
+            let request = Request {
+                prompts: &prompts,
+                group_size: 1,
+                max_new_tokens: self.max_new_tokens,
+                stop_ids: &self.model.config.eos_token_ids,
+                sampling: &Sampling::greedy(),
+                kv_cache: true,
+            };
+            let completions = generate(self.model, &request, pass, &mut progress)?;
+            for (question, completion) in batch.iter().zip(&completions) {
+                answers.push(self.answer(question, completion)?);
+            }
+        }
+        Ok(answers)
+    }
+
+    fn answer(&self, question: &PreparedQuestion, completion: &Completion) -> Result<Answer> {
+        let text = self.tokenizer.decode(completion.sequence.response())?;
+        Ok(Answer {
+            index: question.index,
+            correct: reward::score(self.mode, &text, &question.ground_truth) > 0.0,
+            well_formed: reward::strict_answer(&text).is_some(),
+            response_tokens: completion.logprobs.len(),
+            finished: completion.finished,
+            text,
+        })
+    }
+}

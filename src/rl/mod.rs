@@ -1,0 +1,15 @@
+//! Reinforcement learning: rollout, reward, advantage, loss, optimizer, evaluation, trainer.
+
+pub mod advantage;
+pub mod evaluation;
+pub mod loss;
+pub mod metrics;
+pub mod optimizer;
+pub mod recipe;
+pub mod reward;
+pub mod rollout;
+pub mod section;
+pub mod state;
+pub mod supervised;
+pub mod trainer;
+pub mod update;

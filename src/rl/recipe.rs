@@ -1,0 +1,108 @@
+//! What a run is made of: the resolved sections, and the questions they name, as token ids.
+
+use crate::data::Question;
+use crate::data::section::DataSection;
+use crate::inject::injector::Injector;
+use crate::inject::plan::InjectionPlan;
+use crate::inject::schedule::SigmaSchedule;
+use crate::inject::section::{FakeQuantSection, NoiseInjectionSection, NoisyOpsSection};
+use crate::model::config::Qwen2Config;
+use crate::model::section::ModelSection;
+use crate::model::tokenizer::Tokenizer;
+use crate::numerics::generator::uniform_u32;
+use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
+use crate::rl::section::{AlgorithmSection, OptimizerSection, RewardSection, RolloutSection, TrainerSection};
+use crate::{Result, bail_input};
+
+/// The sections of a configuration that training reads; config::Config makes it.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    pub name: String,
+    pub seed: u64,
+    pub hash: String,
+    pub yaml: String,
+    pub model: ModelSection,
+    pub data: DataSection,
+    pub rollout: RolloutSection,
+    pub algorithm: AlgorithmSection,
+    pub optimizer: OptimizerSection,
+    pub trainer: TrainerSection,
+    pub reward: RewardSection,
+    pub noisy_ops: NoisyOpsSection,
+    pub noise_injection: NoiseInjectionSection,
+    pub fake_quant: FakeQuantSection,
+}
+
+impl Recipe {
+    /// What is injected into every module of a model of these shapes.
+    pub fn injection_plan(&self, model: &Qwen2Config) -> Result<InjectionPlan> {
+        let (aqn, ops, quant) = (&self.noise_injection, &self.noisy_ops, &self.fake_quant);
+        InjectionPlan::resolve(aqn, ops, quant, &model.modules(), self.seed)
+    }
+
+    pub fn injector(&self, model: &Qwen2Config) -> Result<Injector> {
+        let plan = self.injection_plan(model)?;
+        Ok(Injector::applying(plan.clone(), plan, self.rollout.group_size as u64))
+    }
+
+    /// Errors when the training set is smaller than one step.
+    pub fn schedule(&self, training_questions: usize) -> Result<SigmaSchedule> {
+        let steps_per_epoch = training_questions / self.data.prompts_per_step;
+        if steps_per_epoch == 0 {
+            bail_input!(
+                "data.prompts_per_step: found {}, expected at most the {training_questions} training questions",
+                self.data.prompts_per_step
+            );
+        }
+        SigmaSchedule::resolve(&self.noise_injection, steps_per_epoch as u64, self.trainer.epochs)
+    }
+}
+
+/// A question ready for the model.
+#[derive(Clone, Debug)]
+pub struct PreparedQuestion {
+    pub index: u32, // position in the data set: part of the noise keys
+    pub prompt_ids: Vec<u32>,
+    pub ground_truth: String,
+}
+
+/// Renders every question as a user turn (question, one space, suffix) in the model's chat template.
+pub fn prepare(questions: &[Question], data: &DataSection, tokenizer: &Tokenizer) -> Result<Vec<PreparedQuestion>> {
+    questions
+        .iter()
+        .map(|q| {
+            let text = if data.prompt_suffix.is_empty() {
+                q.question.clone()
+            } else {
+                format!("{} {}", q.question, data.prompt_suffix)
+            };
+            let prompt_ids = tokenizer.chat_prompt(&text)?;
+            if prompt_ids.len() > data.max_prompt_tokens {
+                bail_input!(
+                    "data.max_prompt_tokens: found question {} with {} tokens, expected at most {}",
+                    q.index,
+                    prompt_ids.len(),
+                    data.max_prompt_tokens
+                );
+            }
+            Ok(PreparedQuestion { index: q.index, prompt_ids, ground_truth: q.ground_truth.clone() })
+        })
+        .collect()
+}
+
+/// The order of `n` questions in `epoch`: shuffled, or 0..n.
+pub fn epoch_order(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Result<Vec<usize>> {
+    let mut order: Vec<usize> = (0..n).collect();
+    if shuffle {
+        keyed_shuffle(&mut order, seed, stream(Purpose::Other, Phase::Rollout, 0, 0)?, epoch as u32);
+    }
+    Ok(order)
+}
+
+/// Fisher-Yates with 32-bit uniforms keyed by (seed, stream, counter, place).
+pub fn keyed_shuffle<T>(items: &mut [T], seed: u64, stream: u32, counter: u32) {
+    for i in (1..items.len()).rev() {
+        let u = uniform_u32(seed, stream, row_key(counter, i as u32), 0);
+        items.swap(i, ((u64::from(u) * (i as u64 + 1)) >> 32) as usize);
+    }
+}

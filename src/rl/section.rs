@@ -1,0 +1,192 @@
+//! The sections `rollout:`, `algorithm:`, `optimizer:`, `trainer:` and `reward:` of a configuration.
+//!
+//! Defaults are the recipe of the E5/E9 family: 128 prompts x group of 5, 4 updates a step, AdamW
+//! at a constant 5e-7, clip .2/.2, dual clip 3, KL .001 (k3), token mean.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RolloutSection {
+    /// Responses per prompt; the advantage compares them, so at least 2.
+    pub group_size: usize,
+    pub temperature: f64,
+    pub top_p: f64,
+    /// 0 = no limit.
+    pub top_k: usize,
+}
+
+impl Default for RolloutSection {
+    fn default() -> RolloutSection {
+        RolloutSection { group_size: 5, temperature: 1.0, top_p: 1.0, top_k: 0 }
+    }
+}
+
+/// How rewards of a group become advantages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Advantage {
+    /// (R - mean) / (std + 1e-6) over the group.
+    Grpo,
+}
+
+/// How token losses become one number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregation {
+    /// Mean over all tokens of the optimizer batch.
+    TokenMean,
+    /// Mean over sequences of each sequence's mean.
+    SequenceMean,
+    /// Sum over tokens / (sequences * max_response_tokens).
+    SumOverLmax,
+}
+
+/// Estimator of KL(policy || reference) per token, x = ref - new: -x, x^2/2, e^x - 1 - x.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KlEstimator {
+    K1,
+    K2,
+    K3,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AlgorithmSection {
+    pub advantage: Advantage,
+    /// The ratio is clipped to [1 - clip_low, 1 + clip_high].
+    pub clip_low: f64,
+    pub clip_high: f64,
+    /// c > 1: for negative advantages a token's loss is at most c*|A|. null = off.
+    pub dual_clip: Option<f64>,
+    pub aggregation: Aggregation,
+    /// 0 = no reference policy is held or run.
+    pub kl_coef: f64,
+    pub kl_estimator: KlEstimator,
+}
+
+impl Default for AlgorithmSection {
+    fn default() -> AlgorithmSection {
+        AlgorithmSection {
+            advantage: Advantage::Grpo,
+            clip_low: 0.2,
+            clip_high: 0.2,
+            dual_clip: Some(3.0),
+            aggregation: Aggregation::TokenMean,
+            kl_coef: 0.001,
+            kl_estimator: KlEstimator::K3,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerSection {
+    pub lr: f64,
+    /// AdamW's decay rates of the first and second moment.
+    pub betas: [f64; 2],
+    pub eps: f64,
+    pub weight_decay: f64,
+    /// As verl does; false leaves norms and biases without weight decay.
+    pub decay_norms_and_biases: bool,
+    /// Largest global gradient norm; null = no clipping.
+    pub grad_clip: Option<f64>,
+    /// Optimizer updates of linear warm-up to `lr`; constant afterwards.
+    pub warmup_steps: u64,
+}
+
+impl Default for OptimizerSection {
+    fn default() -> OptimizerSection {
+        OptimizerSection {
+            lr: 5e-7,
+            betas: [0.9, 0.999],
+            eps: 1e-8,
+            weight_decay: 0.01,
+            decay_norms_and_biases: true,
+            grad_clip: Some(1.0),
+            warmup_steps: 0,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainerSection {
+    pub epochs: u64,
+    /// Prompts per optimizer update; divides `data.prompts_per_step`.
+    pub minibatch_prompts: usize,
+    /// Sequences per forward and backward pass.
+    pub microbatch_sequences: usize,
+    /// Training steps between validations; 0 = only before the first and after the last step.
+    pub val_every: u64,
+    /// Training steps between checkpoints; 0 = only the last.
+    pub save_every: u64,
+    pub val_before_train: bool,
+    /// Sequences decoded together in validation.
+    pub val_batch_size: usize,
+    /// Newest checkpoints kept.
+    pub keep_last: usize,
+    /// Best checkpoints by validation accuracy kept besides.
+    pub keep_best: usize,
+    /// Steps with a non-finite loss or gradient before the run stops with a checkpoint.
+    pub max_skipped_steps: u64,
+    pub stop_rules: Vec<String>,
+    /// Completions of every step that go into samples.jsonl; a large number keeps all.
+    pub samples_per_step: usize,
+    /// CPU threads; null = all cores. CPU results are bitwise the same only for the same count.
+    pub threads: Option<usize>,
+}
+
+impl Default for TrainerSection {
+    fn default() -> TrainerSection {
+        TrainerSection {
+            epochs: 2,
+            minibatch_prompts: 32,
+            microbatch_sequences: 4,
+            val_every: 20,
+            save_every: 58,
+            val_before_train: true,
+            val_batch_size: 64,
+            keep_last: 2,
+            keep_best: 1,
+            max_skipped_steps: 20,
+            stop_rules: Vec::new(),
+            samples_per_step: 4,
+            threads: None,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RewardKind {
+    Gsm8k,
+}
+
+/// How an answer is taken out of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RewardMode {
+    /// The last `#### number` of the last 300 characters, string equality.
+    Strict,
+    /// The last number.
+    Flexible,
+    /// Last `####`, boxed or plain number, compared as rationals.
+    Numeric,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RewardSection {
+    pub kind: RewardKind,
+    pub mode: RewardMode,
+    /// Control arm: the step's rewards in a random order, so that they say nothing of the answers.
+    pub shuffled: bool,
+}
+
+impl Default for RewardSection {
+    fn default() -> RewardSection {
+        RewardSection { kind: RewardKind::Gsm8k, mode: RewardMode::Strict, shuffled: false }
+    }
+}

@@ -1,0 +1,399 @@
+//! The training run, top to bottom: validate, then per step noise, rollout, rewards, update, measure, log, checkpoint.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use serde_json::json;
+use tch::Device;
+
+use super::evaluation::{Answer, Condition, Evaluation};
+use super::metrics::{metrics_row, sample_rows, validation_row};
+use super::optimizer::AdamW;
+use super::recipe::{PreparedQuestion, Recipe, epoch_order};
+use super::rollout::{Rollout, rollout};
+use super::state::{self, TrainerState};
+use super::update::{UpdateSummary, Updater, check_skipped};
+use crate::inject::injector::Injector;
+use crate::inject::measured::StepInjection;
+use crate::inject::plan::InjectionPlan;
+use crate::inject::schedule::SigmaSchedule;
+use crate::model::aqn;
+use crate::model::config::Qwen2Config;
+use crate::model::load::model_of_section;
+use crate::model::qwen2::Qwen2;
+use crate::model::tokenizer::Tokenizer;
+use crate::numerics::generator::NOISE_VERSION;
+use crate::run::checkpoints::{CheckpointScore, CheckpointStore, Retention};
+use crate::run::console::Console;
+use crate::run::directory::{RunDir, RunSpec, Start};
+use crate::run::jsonl::JsonlWriter;
+use crate::run::signals::Interrupt;
+use crate::run::tensorboard::TensorBoard;
+use crate::{Error, Result};
+
+/// What a run reads besides its recipe.
+pub struct Workload {
+    pub tokenizer: Tokenizer,
+    /// Its files go into every checkpoint.
+    pub tokenizer_dir: PathBuf,
+    pub train: Vec<PreparedQuestion>,
+    pub val: Vec<PreparedQuestion>,
+    /// Names the data in the console's validation lines, e.g. `gsm8k`.
+    pub source: String,
+    /// Digests of what the run reads: a run is not resumed on other data or weights.
+    pub inputs: Vec<(String, String)>,
+    /// Holds the tokenizer of the generated task where no model directory has it; removed with this value.
+    pub _scratch: Option<tempfile::TempDir>,
+}
+
+/// Where and how to run.
+pub struct Launch<'a> {
+    pub device: Device,
+    pub device_name: String,
+    pub out: &'a Path,
+    pub resume: bool,
+    pub console: &'a Console,
+    pub interrupt: &'a Interrupt,
+}
+
+/// One validation: per condition the answers, in the order of the questions.
+pub struct Validation {
+    pub step: u64,
+    pub conditions: Vec<(Condition, Vec<Answer>)>,
+}
+
+impl Validation {
+    pub fn correct(&self, condition: Condition) -> Option<(u64, u64)> {
+        let (_, answers) = self.conditions.iter().find(|(c, _)| *c == condition)?;
+        Some((answers.iter().filter(|a| a.correct).count() as u64, answers.len() as u64))
+    }
+
+    /// The configuration's own full condition: the last one.
+    fn headline(&self) -> Option<(Condition, f64)> {
+        let (condition, _) = self.conditions.last()?;
+        let (correct, n) = self.correct(*condition)?;
+        Some((*condition, correct as f64 / n.max(1) as f64))
+    }
+}
+
+pub struct Outcome {
+    pub run_dir: PathBuf,
+    pub validations: Vec<Validation>,
+    /// Steps whose measured noise disagreed with the plan.
+    pub disagreeing_steps: u64,
+}
+
+/// Trains to the end, or to the step at which a signal asked to stop (then `Error::Interrupted`, after a checkpoint).
+pub fn train(recipe: &Recipe, workload: &Workload, launch: &Launch) -> Result<Outcome> {
+    train_with(recipe, workload, launch, |planned| planned.clone())
+}
+
+/// As [`train`], but injects `applied(plan)` while it expects the plan: tests show with it that a run notices
+/// multipliers that were dropped or a scale that is 0.
+pub fn train_with(
+    recipe: &Recipe,
+    workload: &Workload,
+    launch: &Launch,
+    applied: impl FnOnce(&InjectionPlan) -> InjectionPlan,
+) -> Result<Outcome> {
+    let (mut model, _) = model_of_section(&recipe.model, recipe.seed, launch.device)?;
+    check_lengths(recipe, workload, &model.config)?;
+    let reference = match recipe.algorithm.kl_coef {
+        0.0 => None,
+        _ => Some(model_of_section(&recipe.model, recipe.seed, launch.device)?.0),
+    };
+    for parameter in model.parameters_mut() {
+        parameter.make_trainable()?;
+    }
+    let planned = recipe.injection_plan(&model.config)?;
+    let injector = Injector::applying(applied(&planned), planned, recipe.rollout.group_size as u64);
+    let schedule = recipe.schedule(workload.train.len())?;
+    let run_dir = RunDir::open(&RunSpec {
+        root: launch.out,
+        name: &recipe.name,
+        config_hash: &recipe.hash,
+        seed: recipe.seed,
+        config_yaml: &recipe.yaml,
+        inputs: &workload.inputs,
+        resume: launch.resume,
+        device: &launch.device_name,
+        threads: tch::get_num_threads() as usize,
+        libtorch_version: crate::device::kernels::TORCH_VERSION.map(str::to_string),
+        noise_version: NOISE_VERSION,
+    })?;
+    let mut run = Run::open(recipe, workload, launch, run_dir, model, reference, injector, schedule)?;
+    run.train()
+}
+
+/// Errors when the longest prompt and a full response do not fit the model.
+pub fn check_lengths(recipe: &Recipe, workload: &Workload, model: &Qwen2Config) -> Result<()> {
+    let longest = workload.train.iter().chain(&workload.val).map(|q| q.prompt_ids.len()).max().unwrap_or(0);
+    let (needed, limit) = (longest + recipe.data.max_response_tokens, model.max_position_embeddings);
+    if needed > limit {
+        crate::bail_input!(
+            "data.max_response_tokens: found {} beside prompts of up to {longest} tokens, expected at most {limit} together (the model's max_position_embeddings)",
+            recipe.data.max_response_tokens
+        );
+    }
+    Ok(())
+}
+
+struct Run<'a> {
+    recipe: &'a Recipe,
+    workload: &'a Workload,
+    launch: &'a Launch<'a>,
+    dir: RunDir,
+    model: Qwen2,
+    reference: Option<Qwen2>,
+    injector: Injector,
+    schedule: SigmaSchedule,
+    optimizer: AdamW,
+    state: TrainerState,
+    store: CheckpointStore,
+    metrics: JsonlWriter,
+    timing: JsonlWriter,
+    injection: JsonlWriter,
+    samples: JsonlWriter,
+    tensorboard: TensorBoard,
+    last_score: Option<CheckpointScore>,
+    outcome: Outcome,
+}
+
+impl<'a> Run<'a> {
+    fn open(
+        recipe: &'a Recipe,
+        workload: &'a Workload,
+        launch: &'a Launch<'a>,
+        dir: RunDir,
+        mut model: Qwen2,
+        reference: Option<Qwen2>,
+        injector: Injector,
+        schedule: SigmaSchedule,
+    ) -> Result<Run<'a>> {
+        launch.console.log_to(&dir.file("console.log"))?;
+        for warning in dir.warnings() {
+            launch.console.warn(warning);
+        }
+        let retention = Retention { keep_last: recipe.trainer.keep_last, keep_best: recipe.trainer.keep_best };
+        let store = CheckpointStore::open(dir.path(), retention)?;
+        let mut optimizer = AdamW::new(recipe.optimizer.clone())?;
+        let (state, resumed_after) = match dir.start() {
+            Start::Fresh => (TrainerState { step: 0, update_number: 0, optimizer: optimizer.counters() }, None),
+            Start::Resume { step, checkpoint } => {
+                let state = state::restore(checkpoint, &mut model, &mut optimizer)?;
+                launch.console.note(&format!("resuming after step {step} from {}", checkpoint.display()));
+                (state, Some(*step))
+            }
+        };
+        Ok(Run {
+            metrics: JsonlWriter::open(&dir.file("metrics.jsonl"))?,
+            timing: JsonlWriter::open(&dir.file("timing.jsonl"))?,
+            injection: JsonlWriter::open(&dir.file("injection.jsonl"))?,
+            samples: JsonlWriter::open(&dir.file("samples.jsonl"))?,
+            tensorboard: TensorBoard::open(&dir.file("tb"), resumed_after)?,
+            outcome: Outcome { run_dir: dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 },
+            last_score: None,
+            recipe,
+            workload,
+            launch,
+            dir,
+            model,
+            reference,
+            injector,
+            schedule,
+            optimizer,
+            state,
+            store,
+        })
+    }
+
+    fn train(&mut self) -> Result<Outcome> {
+        let total = self.schedule.total_steps();
+        let console = self.launch.console;
+        console.note(&format!("run directory {}", self.dir.path().display()));
+        for notice in &self.injector.plan().notices {
+            console.warn(notice);
+        }
+        if self.state.step == 0 && self.recipe.trainer.val_before_train {
+            self.validate(0)?;
+        }
+        while self.state.step < total {
+            let step = self.state.step + 1;
+            self.step(step)?;
+            self.state.step = step;
+            self.state.optimizer = self.optimizer.counters();
+            let trainer = &self.recipe.trainer;
+            let due = |every: u64| every > 0 && step.is_multiple_of(every);
+            if due(trainer.val_every) || step == total {
+                self.validate(step)?;
+            }
+            let stop = self.launch.interrupt.requested();
+            let skipped = check_skipped(self.optimizer.counters().skipped_steps, trainer.max_skipped_steps);
+            if due(trainer.save_every) || step == total || stop || skipped.is_err() {
+                self.save(step)?;
+            }
+            skipped?;
+            if stop && step < total {
+                return Err(Error::Interrupted(format!(
+                    "stopped after step {step} of {total}; a checkpoint is in {}; continue with --resume",
+                    self.dir.path().display()
+                )));
+            }
+        }
+        let empty = Outcome { run_dir: self.dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 };
+        Ok(std::mem::replace(&mut self.outcome, empty))
+    }
+
+    /// The questions of `step`: consecutive ones in its epoch's order.
+    fn questions(&self, step: u64) -> Result<Vec<&'a PreparedQuestion>> {
+        let (n, recipe) = (self.workload.train.len(), self.recipe);
+        let order = epoch_order(n, recipe.data.shuffle, recipe.seed, self.schedule.epoch(step))?;
+        let first = ((step - 1) % self.schedule.steps_per_epoch()) as usize * recipe.data.prompts_per_step;
+        Ok(order[first..first + recipe.data.prompts_per_step].iter().map(|&i| &self.workload.train[i]).collect())
+    }
+
+    fn step(&mut self, step: u64) -> Result<()> {
+        let started = Instant::now();
+        let sigma = self.schedule.sigma(step);
+        let key_step = step as u32;
+        let questions = self.questions(step)?;
+        let console = self.launch.console;
+
+        aqn::apply(&self.model, &self.injector, key_step, sigma)?;
+        let sequences = (questions.len() * self.recipe.rollout.group_size) as u64;
+        let mut bar = console.progress(&format!("step {step}"), 2 * sequences);
+        bar.set_message("rollout");
+        let experience = rollout(
+            &self.model,
+            &self.injector,
+            &self.workload.tokenizer,
+            self.recipe,
+            &questions,
+            key_step,
+            |done| bar.inc(done as u64),
+        )?;
+        if !self.injector.aqn_applies(crate::numerics::noise_key::Phase::Update) {
+            aqn::clear(&self.model);
+        }
+        let seconds_rollout = started.elapsed().as_secs_f64();
+
+        bar.set_message("update");
+        let summary = Updater {
+            model: &mut self.model,
+            reference: self.reference.as_ref(),
+            injector: &self.injector,
+            optimizer: &mut self.optimizer,
+            recipe: self.recipe,
+            update_number: &mut self.state.update_number,
+            step: key_step,
+            sigma,
+            progress: &mut |done| bar.inc(done),
+        }
+        .run(&experience)?;
+        aqn::clear(&self.model);
+        bar.finish();
+
+        let injected = self.injector.finish_step(step, sigma)?;
+        self.report_disagreements(&injected);
+        let row = metrics_row(step, self.schedule.epoch(step), &experience, &summary, &injected);
+        self.metrics.write(&row)?;
+        self.injection.write_rows(&injected.rows)?;
+        self.samples.write_rows(&sample_rows(step, &experience, self.recipe.trainer.samples_per_step))?;
+        self.tensorboard.row(step, &row)?;
+        console.step(&row);
+        self.write_timing(step, started.elapsed().as_secs_f64(), seconds_rollout, &experience, &summary)
+    }
+
+    fn report_disagreements(&mut self, injected: &StepInjection) {
+        let Some(first) = injected.disagreements.first() else { return };
+        self.outcome.disagreeing_steps += 1;
+        let more = injected.disagreements.len() - 1;
+        let rest = if more > 0 { format!(" (and {more} more of this step)") } else { String::new() };
+        self.launch.console.warn(&format!("what was injected is not what was planned: {first}{rest}"));
+    }
+
+    fn write_timing(
+        &mut self,
+        step: u64,
+        seconds: f64,
+        seconds_rollout: f64,
+        experience: &Rollout,
+        summary: &UpdateSummary,
+    ) -> Result<()> {
+        let response: usize = experience.completions.iter().map(|c| c.logprobs.len()).sum();
+        let all: usize = experience.completions.iter().map(|c| c.sequence.ids.len()).sum();
+        let mut row = json!({
+            "step": step,
+            "time_utc": crate::run::machine::utc_now(),
+            "step_s": seconds,
+            "rollout_s": seconds_rollout,
+            "logprobs_s": summary.seconds_logprobs,
+            "update_s": summary.seconds_update,
+            "rollout_tokens_per_s": response as f64 / seconds_rollout,
+            "tokens_per_s": all as f64 / seconds,
+        });
+        if let (Device::Cuda(index), Some(row)) = (self.launch.device, row.as_object_mut()) {
+            row.extend(crate::device::gpu::sample(index));
+        }
+        self.timing.write(&row)
+    }
+
+    fn validate(&mut self, step: u64) -> Result<()> {
+        let console = self.launch.console;
+        let conditions = Condition::applying(&self.injector);
+        let evaluation = Evaluation {
+            model: &self.model,
+            tokenizer: &self.workload.tokenizer,
+            questions: &self.workload.val,
+            mode: self.recipe.reward.mode,
+            max_new_tokens: self.recipe.data.max_response_tokens,
+            batch_size: self.recipe.trainer.val_batch_size,
+        };
+        let mut results = Vec::new();
+        for condition in conditions {
+            let label = format!("validation ({})", condition.name());
+            let mut bar = console.progress(&label, self.workload.val.len() as u64);
+            let answers = evaluation.run(&condition.pass(&self.injector), |done| bar.inc(done as u64))?;
+            bar.finish();
+            results.push((condition, answers));
+        }
+        let validation = Validation { step, conditions: results };
+        let row = validation_row(&validation, if step == 0 { 0 } else { self.schedule.epoch(step) });
+        self.metrics.write(&row)?;
+        self.tensorboard.row(step, &row)?;
+        if let Some((headline, accuracy)) = validation.headline() {
+            let n = self.workload.val.len() as u64;
+            let others: Vec<(&str, f64)> = validation
+                .conditions
+                .iter()
+                .filter(|(c, _)| *c != headline)
+                .filter_map(|(c, _)| Some((c.name(), validation.correct(*c)?.0 as f64 / n.max(1) as f64)))
+                .collect();
+            console.validation(step, &self.workload.source, accuracy, &others, n);
+            self.last_score = Some(CheckpointScore { metric: format!("val/acc_{}", headline.name()), value: accuracy });
+        }
+        self.outcome.validations.push(validation);
+        Ok(())
+    }
+
+    fn save(&mut self, step: u64) -> Result<()> {
+        for file in [&mut self.metrics, &mut self.injection, &mut self.samples] {
+            file.sync()?;
+        }
+        let pending = self.store.begin(step)?;
+        state::save(
+            pending.path(),
+            &pending.trainer_path(),
+            &self.model,
+            self.recipe.model.dtype,
+            Some(&self.workload.tokenizer_dir),
+            &self.optimizer,
+            &self.state,
+        )?;
+        // Only a score of this very step says how good this checkpoint is.
+        let score = self.outcome.validations.last().filter(|v| v.step == step).and(self.last_score.clone());
+        let path = pending.commit(score)?;
+        self.launch.console.detail(&format!("checkpoint {}", path.display()));
+        Ok(())
+    }
+}

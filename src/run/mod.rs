@@ -1,0 +1,27 @@
+//! One run on disk: directory, metrics, console, TensorBoard, checkpoints, resume. Knows nothing of RL.
+//!
+//! | file | what it keeps true |
+//! |---|---|
+//! | `directory` | a run directory belongs to one configuration and one process |
+//! | `jsonl` | one object per line; a killed and resumed run leaves the bytes of an uninterrupted one |
+//! | `checkpoints` | what stands under a final name is complete |
+//! | `console` | people see one line per step, on a terminal also a progress bar |
+//! | `tensorboard` | the same scalars as event files |
+//! | `signals` | the first SIGINT or SIGTERM finishes the step, the second leaves at once |
+
+pub mod checkpoints;
+pub mod console;
+pub mod directory;
+pub mod jsonl;
+pub mod machine;
+pub mod signals;
+pub mod tensorboard;
+
+mod atomic_file;
+
+pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};
+pub use console::{Console, Progress, Verbosity};
+pub use directory::{RunDir, RunSpec, Start};
+pub use jsonl::JsonlWriter;
+pub use signals::Interrupt;
+pub use tensorboard::TensorBoard;

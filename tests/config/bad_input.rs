@@ -1,0 +1,159 @@
+//! Every bad input gives one line that names the source, the key and what would be right.
+
+use super::{load_text, registry_file, write};
+use temper::config;
+
+/// (YAML, what the line must contain)
+const TABLE: [(&str, &[&str]); 49] = [
+    // Unknown keys name the nearest known one, next to it or elsewhere.
+    ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
+    ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
+    ("noise_injection: {sigma_strat: 0.1}", &["noise_injection.sigma_start"]),
+    ("noisy_ops: {error_scales: 0.1}", &["noisy_ops.error_scale"]),
+    ("group_size: 4", &["group_size: unknown key; nearest known key: rollout.group_size"]),
+    ("rollout: {prompts_per_step: 4}", &["nearest known key: data.prompts_per_step"]),
+    ("data: {generated: {train_problem: 4}}", &["data.generated.train_problem: ", "data.generated.train_problems"]),
+    (
+        "noise_injection: {layer_sigma_config: {layer_multiplier: {1: 2}}}",
+        &["nearest known key: noise_injection.layer_sigma_config.layer_multipliers"],
+    ),
+    ("trainer: {noisy_ops: {error_scal: 0.1}}", &["noisy_ops.error_scal: ", "noisy_ops.error_scale"]),
+    ("1: x", &["1: unknown key"]),
+    // Duplicates.
+    ("trainer: {epochs: 1, epochs: 2}", &["x.yaml: ", "duplicate", "epochs", "line 3"]),
+    ("seed: 1\nseed: 2", &["duplicate", "seed"]),
+    (
+        "trainer: {noisy_ops: {enabled: true}}\nnoisy_ops: {enabled: true}",
+        &["trainer.noisy_ops: another name of noisy_ops"],
+    ),
+    (
+        "noisy_ops: {exclude_patterns: [], exclude_modules: []}",
+        &["noisy_ops.exclude_patterns: another name of noisy_ops.exclude_modules"],
+    ),
+    ("noise_injection: {layer_sigma_config: {layer_multipliers: {14: 1, \"14\": 2}}}", &["layer 14 is named twice"]),
+    // Types.
+    ("trainer: {epochs: many}", &["trainer.epochs: found string \"many\", expected a whole number"]),
+    ("trainer: {epochs: 1.5}", &["trainer.epochs: found `1.5`, expected a whole number"]),
+    ("trainer: {epochs: -1}", &["trainer.epochs: found `-1`"]),
+    ("noisy_ops: {enabled: yes}", &["noisy_ops.enabled: found string \"yes\", expected true or false"]),
+    ("optimizer: {betas: [0.9]}", &["optimizer.betas: found a list of length 1", "2"]),
+    ("optimizer: {lr: fast}", &["optimizer.lr: found string \"fast\", expected a number"]),
+    ("data: 3", &["data: found `3`, expected a section with keys kind, train"]),
+    ("data:", &["data: found nothing (null), expected a section"]),
+    ("reward: {mode: loose}", &["reward.mode: found `loose`, expected one of `strict`, `flexible`, `numeric`"]),
+    ("noisy_ops: {phases: [forward, backwards]}", &["noisy_ops.phases: found `backwards`, expected all, or a list"]),
+    ("noisy_ops: {layers: 17-14}", &["noisy_ops.layers: found `17-14`"]),
+    ("fake_quant: {weights: mxfp5}", &["fake_quant.weights: ", "mxfp5", "nvfp4"]),
+    (
+        "noise_injection: {layer_sigma_config: {layer_multipliers: {final: 1}}}",
+        &["layer_multipliers.final: expected a layer number"],
+    ),
+    // Ranges, with the reason.
+    ("rollout: {group_size: 1}", &["rollout.group_size: found 1, expected 2 or more: an advantage compares"]),
+    ("rollout: {temperature: .nan}", &["rollout.temperature: found NaN, expected a number above 0"]),
+    (
+        "trainer: {minibatch_prompts: 3}",
+        &["trainer.minibatch_prompts: found 3, expected a divisor of data.prompts_per_step, which is 128"],
+    ),
+    ("trainer: {epochs: 0}", &["trainer.epochs: found 0, expected 1 or more"]),
+    ("optimizer: {lr: -1}", &["optimizer.lr: found -1"]),
+    ("algorithm: {dual_clip: 1.0}", &["algorithm.dual_clip: found 1, expected a number above 1, or null"]),
+    ("noisy_ops: {error_scale: 5}", &["noisy_ops.error_scale: found 5, expected a number in [0, 1] (5 % is 0.05)"]),
+    ("noise_injection: {sigma_end: 0}", &["noise_injection.sigma_end: found 0", "never reaches 0"]),
+    ("noise_injection: {sigma_start: -0.1}", &["noise_injection.sigma_start: found -0.1"]),
+    (
+        "noise_injection: {num_stages: 1}",
+        &["noise_injection.num_stages: found 1, expected 2 or more: the first stage is clean"],
+    ),
+    ("noise_injection: {stages_per_epoch: 0}", &["noise_injection.stages_per_epoch: found 0"]),
+    ("noise_injection: {num_stages: 5, stages_per_epoch: 5}", &["noise_injection.epoch_aware: not set"]),
+    (
+        "noise_injection: {layer_sigma_config: {layer_multipliers: {14: -1}}}",
+        &["layer_multipliers.14: found -1, expected a number, 0 or more"],
+    ),
+    (
+        "data: {train_limit: 100}",
+        &["data.train_limit: 100 training rows are fewer than the data.prompts_per_step of 128"],
+    ),
+    ("name: a/b", &["name"]),
+    // Known, not there yet.
+    ("fake_quant: {activations: nvfp4}", &["fake_quant.activations: ", "not available yet"]),
+    ("algorithm: {advantage: dr_grpo}", &["algorithm.advantage: `dr_grpo` is known, but not available yet"]),
+    ("reward: {kind: command}", &["reward.kind: `command` is known, but not available yet"]),
+    ("model: {lora: {rank: 32}}", &["model", "duplicate"]),
+    ("trainer: {stop_rules: [entropy]}", &["trainer.stop_rules: ", "not available yet"]),
+    ("fake_quant: {weights: mxfp8}", &["fake_quant.weights: ", "not available yet"]),
+];
+
+#[test]
+fn each_bad_input_is_one_clear_line() {
+    for (yaml, parts) in TABLE {
+        let error = load_text(yaml).expect_err(yaml);
+        assert!(!error.contains('\n'), "{yaml}: {error}");
+        assert!(error.starts_with("x.yaml: "), "{yaml}: {error}");
+        for part in parts {
+            assert!(error.contains(part), "{yaml}\n  gave: {error}\n  without: {part}");
+        }
+    }
+}
+
+#[test]
+fn an_override_is_held_to_the_same_rules() {
+    let file = registry_file("e9b.yaml");
+    for (set, part) in [
+        ("trainer.epoch=3", "--set trainer.epoch=3: trainer.epoch: unknown key; nearest known key: trainer.epochs"),
+        ("trainer.epochs=x", "trainer.epochs: found string \"x\", expected a whole number"),
+        ("trainer.epochs", "found no `=`"),
+        ("trainer.epochs=", "found no value"),
+        ("trainer..epochs=1", "found an empty part"),
+        ("rollout.group_size=1", "--set rollout.group_size=1: rollout.group_size: found 1, expected 2 or more"),
+        ("noise_injection.sigma_end=0", "noise_injection.sigma_end: found 0"),
+        ("noise_injection.layer_sigma_config=nowhere.json", "nowhere.json: no such file"),
+        ("trainer.epochs=\"a\nb\"", "trainer.epochs: found string"),
+        ("model.lora={rank: 32}", "model.lora: known, but not available yet"),
+        ("model.preset=qwen3", "model.preset: found \"qwen3\", expected one of"),
+    ] {
+        let error = config::load(&file, &[set.to_string()]).unwrap_err();
+        let text = error.to_string();
+        assert_eq!(error.exit_code(), 2);
+        assert!(text.contains(part) && !text.contains('\n'), "{set}: {text}");
+    }
+}
+
+#[test]
+fn broken_files_and_extends_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str, text: &str| {
+        let error = config::load(&write(dir.path(), name, text), &[]).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        let text = error.to_string();
+        assert!(!text.contains('\n'), "{text}");
+        text
+    };
+    assert!(
+        config::load(&dir.path().join("none.yaml"), &[]).unwrap_err().to_string().contains("none.yaml: no such file")
+    );
+    assert!(at("a.yaml", "- 1\n- 2\n").contains("found a list at the top level"));
+    assert!(at("b.yaml", "name: [x\n").contains("b.yaml: "));
+    assert!(at("c.yaml", "extends: missing.yaml\n").contains("missing.yaml, which does not exist"));
+    assert!(at("d.yaml", "extends: [a, b]\n").contains("d.yaml: extends: found a list"));
+    write(dir.path(), "e.yaml", "extends: f.yaml\n");
+    assert!(at("f.yaml", "extends: e.yaml\n").contains("extends itself"));
+    assert!(at("g.yaml", "").contains("name: found \"\""));
+    // A mistake in a file that is extended is reported there.
+    write(dir.path(), "parent.yaml", "name: p\ntrainer: {epoch: 1}\n");
+    assert!(at("child.yaml", "extends: parent.yaml\n").contains("parent.yaml: trainer.epoch: unknown key"));
+    write(dir.path(), "parent.yaml", "name: p\nmodel: {preset: qwen2.5-1.5b}\nrollout: {group_size: 1}\n");
+    assert!(at("child.yaml", "extends: parent.yaml\n").contains("parent.yaml: rollout.group_size: found 1"));
+    // Neither model nor preset.
+    assert!(at("h.yaml", "name: h\n").contains("model.path: neither model.path nor model.preset is set"));
+    // A multiplier file that is not one.
+    write(dir.path(), "m.json", "{\"layer_multipliers\": {\"14\": 1.5,}}");
+    let text = "name: i\nmodel: {preset: qwen2.5-1.5b}\nnoise_injection: {layer_sigma_config: m.json}\n";
+    assert!(at("i.yaml", text).contains("m.json: "));
+    write(dir.path(), "m.json", "{\"layer_multipliers\": {\"14\": 1.5, \"14\": 1.2}}");
+    let error = at("i.yaml", text);
+    assert!(error.contains("m.json: duplicate") && error.contains("14"), "{error}");
+    write(dir.path(), "m.json", "{\"layer_multiplier\": {}}");
+    assert!(at("i.yaml", text).contains("nearest known key: noise_injection.layer_sigma_config.layer_multipliers"));
+}

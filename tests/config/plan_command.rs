@@ -1,0 +1,110 @@
+//! `temper plan`: the JSON that checks read, and errors with exit code 2.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+use super::registry_file;
+
+/// Runs the binary in `dir`, where no data lies.
+fn temper(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_temper")).env("HF_HUB_CACHE", dir).current_dir(dir).args(args).output().unwrap()
+}
+
+fn plan(args: &[&str]) -> Output {
+    let dir = tempfile::tempdir().unwrap();
+    let file = registry_file("e9b.yaml").display().to_string();
+    temper(dir.path(), &[&["plan", &file], args].concat())
+}
+
+#[test]
+fn json_needs_neither_data_nor_weights() {
+    let output = plan(&["--json", "--steps-per-epoch", "58"]);
+    assert!(output.status.success());
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&json["steps_per_epoch"], &json["total_steps"]), (&58.into(), &116.into()));
+    let sigma = json["sigma"].as_array().unwrap();
+    assert_eq!(sigma.len(), 116);
+    assert_eq!((&sigma[0]["step"], &sigma[0]["epoch"], &sigma[0]["sigma"]), (&1.into(), &0.into(), &0.0.into()));
+    assert_eq!((&sigma[10]["step"], &sigma[10]["sigma"]), (&11.into(), &0.01.into()));
+    assert_eq!(sigma[115]["epoch"], 1);
+    let modules = json["modules"].as_array().unwrap();
+    assert_eq!(modules.len(), 255);
+    let module = modules.iter().find(|m| m["name"] == "model.layers.14.input_layernorm").unwrap();
+    assert_eq!((&module["kind"], &module["layer"]), (&"rmsnorm".into(), &14.into()));
+    assert_eq!((&module["aqn_multiplier"], &module["matmul_error"]), (&1.5.into(), &0.0.into()));
+    assert!(module["weight_format"].is_null() && module["activation_format"].is_null());
+    let linear = modules.iter().find(|m| m["name"] == "model.layers.3.mlp.up_proj").unwrap();
+    assert_eq!((&linear["kind"], &linear["matmul_error"]), (&"linear".into(), &0.05.into()));
+}
+
+#[test]
+fn training_rows_are_counted_when_they_are_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: String = (0..300).map(|i| format!("{{\"question\": \"{i}\", \"answer\": \"#### {i}\"}}\n")).collect();
+    let data = super::write(dir.path(), "train.jsonl", &rows);
+    let output = plan(&["--json", "--set", &format!("data.train={}", data.display())]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["steps_per_epoch"], 2);
+}
+
+#[test]
+fn what_is_missing_is_one_line_with_the_remedy() {
+    for (args, part) in [
+        (
+            &[] as &[&str],
+            "data.train: data/gsm8k_train.jsonl: no such file or directory; set it with --set data.train=FILE, or give --steps-per-epoch N",
+        ),
+        (&["--steps-per-epoch", "0"], "--steps-per-epoch: found 0, expected 1 to 65534"),
+        (
+            &["--steps-per-epoch", "58", "--set", "model.preset=null"],
+            "model.path: Qwen/Qwen2.5-1.5B-Instruct: no such directory, and not in the local HF cache",
+        ),
+        (
+            &["--steps-per-epoch", "58", "--set", "noise_injection.layer_sigma_config.layer_multipliers.28=1"],
+            "layer_multipliers: found layer 28, expected 0 to 27",
+        ),
+        (&["--steps-per-epoch", "58", "--set", "noisy_ops.target_modules=[q_porj]"], "`q_porj` matches no module"),
+    ] {
+        let output = plan(args);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(output.stdout.is_empty());
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert!(stderr.contains(part), "{stderr}");
+    }
+}
+
+#[test]
+fn unused_keys_and_reproduced_defects_are_said() {
+    let set = |keys: &[&str]| {
+        let mut args = vec!["--json", "--steps-per-epoch", "58"];
+        keys.iter().for_each(|key| args.extend(["--set", key]));
+        plan(&args)
+    };
+    let output = set(&["noise_injection.num_stages=10"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["unused_keys"][0], "noise_injection.num_stages");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("noise_injection.num_stages: set, but not used"));
+
+    let output =
+        set(&["noise_injection.compat=original", "noisy_ops.exclude_modules=[]", "noisy_ops.dw_draw=per_microbatch"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["notices"].as_array().unwrap().len(), 4);
+    assert!(json["sigma"].as_array().unwrap().iter().all(|s| s["sigma"] == 0.0));
+    assert_eq!(json["modules"].as_array().unwrap().last().unwrap()["matmul_error"], 0.05);
+}
+
+#[test]
+fn the_table_shows_stages_and_modules() {
+    let output = plan(&["--steps-per-epoch", "58"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in
+        ["11-20", "1.000e-2", "model.layers.*.input_layernorm", "10-13, 18-21", "1.2", "lm_head", "AQN: 57 modules"]
+    {
+        assert!(text.contains(part), "{part} is missing from\n{text}");
+    }
+    let output = plan(&["--steps-per-epoch", "58", "-v"]);
+    assert!(String::from_utf8(output.stdout).unwrap().contains("model.layers.27.mlp.down_proj"));
+}

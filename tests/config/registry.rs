@@ -1,0 +1,151 @@
+//! Each experiment of the registry: recipe, sigma of every step, what each module gets.
+
+use super::load;
+use temper::config::Config;
+use temper::inject::plan::{InjectionPlan, ModuleKind};
+use temper::inject::schedule::SigmaSchedule;
+use temper::model::config::Qwen2Config;
+
+fn plan(config: &Config) -> InjectionPlan {
+    let modules = Qwen2Config::preset(config.model.preset.as_deref().unwrap()).unwrap().modules();
+    config.injection_plan(&modules).unwrap()
+}
+
+fn schedule(config: &Config) -> SigmaSchedule {
+    let rows = config.data.train_limit.unwrap_or(7473);
+    config.sigma_schedule(config.steps_per_epoch(rows).unwrap()).unwrap()
+}
+
+struct Row {
+    file: &'static str,
+    steps: u64,
+    /// Modules with AQN, their kind.
+    aqn: usize,
+    kind: ModuleKind,
+    /// (sigma_start, sigma_end, clean steps) of the schedule as seen in its steps.
+    sigma: (f64, f64, u64),
+    error: f64,
+    weights: Option<&'static str>,
+}
+
+#[test]
+fn every_row_of_the_registry_resolves_to_what_it_says() {
+    use ModuleKind::{Linear, Rmsnorm};
+    let row = |file, steps, aqn, kind, sigma, error, weights| Row { file, steps, aqn, kind, sigma, error, weights };
+    let off = (0.0, 0.0, 0);
+    let e5c = (1e-2, 1e-5, 20);
+    let rows = [
+        row("baseline", 58, 0, Rmsnorm, off, 0.0, None),
+        row("baseline_2ep", 116, 0, Rmsnorm, off, 0.0, None),
+        row("mxfp4_only", 58, 0, Rmsnorm, off, 0.0, Some("mxfp4")),
+        row("mxfp4_aqn", 58, 57, Rmsnorm, (0.05, 5e-4, 6), 0.0, Some("mxfp4")),
+        row("1a", 174, 196, Linear, (0.05, 5e-4, 18), 0.0, Some("mxfp4")),
+        row("1c", 174, 196, Linear, (0.005, 5e-5, 18), 0.0, Some("mxfp4")),
+        row("1d", 174, 196, Linear, (0.001, 1e-5, 18), 0.0, Some("mxfp4")),
+        row("1e", 174, 57, Rmsnorm, (0.05, 5e-4, 18), 0.0, Some("mxfp4")),
+        row("nvfp4", 174, 57, Rmsnorm, (0.05, 5e-4, 18), 0.0, Some("nvfp4")),
+        row("e5", 116, 0, Rmsnorm, off, 0.05, None),
+        row("e5a", 116, 57, Rmsnorm, (0.05, 5e-4, 12), 0.05, None),
+        row("e5b", 116, 57, Rmsnorm, (0.05, 5e-4, 20), 0.05, None),
+        row("e5c", 116, 57, Rmsnorm, e5c, 0.05, None),
+        row("e5d", 116, 57, Rmsnorm, (1e-2, 1e-4, 20), 0.05, None),
+        row("e9a", 116, 8, Rmsnorm, e5c, 0.05, None),
+        row("e9b", 116, 57, Rmsnorm, e5c, 0.05, None),
+        row("e9c", 116, 8, Rmsnorm, e5c, 0.05, None),
+        row("e5c_mini", 24, 57, Rmsnorm, (1e-2, 1e-5, 4), 0.05, None),
+        row("e9a_mini", 24, 8, Rmsnorm, (1e-2, 1e-5, 4), 0.05, None),
+        row("e9b_mini", 24, 57, Rmsnorm, (1e-2, 1e-5, 4), 0.05, None),
+    ];
+    for row in rows {
+        let config = load(&format!("{}.yaml", row.file));
+        assert_eq!(config.name, row.file);
+        let (schedule, plan) = (schedule(&config), plan(&config));
+        assert_eq!(schedule.total_steps(), row.steps, "{}", row.file);
+        assert!(schedule.unused_keys().is_empty() && plan.notices.is_empty(), "{}", row.file);
+        let noised: Vec<_> = plan.modules.iter().filter(|m| m.aqn_multiplier > 0.0).collect();
+        assert_eq!(noised.len(), row.aqn, "{}", row.file);
+        assert!(noised.iter().all(|m| m.kind == row.kind), "{}", row.file);
+        let (start, end, clean) = row.sigma;
+        if row.aqn > 0 {
+            let sigma: Vec<f64> = (1..=row.steps).map(|step| schedule.sigma(step)).collect();
+            assert_eq!(sigma.iter().filter(|s| **s == 0.0).count() as u64, clean, "{}", row.file);
+            let largest = sigma.iter().copied().fold(0.0, f64::max);
+            assert!((largest / start - 1.0).abs() < 1e-12, "{}: {largest}", row.file);
+            assert!((sigma[row.steps as usize - 1] / end - 1.0).abs() < 1e-12, "{}", row.file);
+        }
+        for module in &plan.modules {
+            let linear = module.kind == ModuleKind::Linear && module.name != "lm_head";
+            assert_eq!(module.matmul_error, if linear { row.error } else { 0.0 }, "{} {}", row.file, module.name);
+            let format = module.weight_format.map(|f| f.to_string());
+            assert_eq!(format.as_deref(), row.weights.filter(|_| linear), "{} {}", row.file, module.name);
+        }
+        assert_eq!(config.optimizer.lr, 5e-7);
+        assert_eq!(
+            (config.rollout.group_size, config.data.prompts_per_step / config.trainer.minibatch_prompts),
+            (5, 4)
+        );
+    }
+}
+
+#[test]
+fn e5c_has_its_116_sigmas() {
+    let schedule = schedule(&load("e5c.yaml"));
+    let table: [(u64, f64); 12] = [
+        (10, 0.0),
+        (10, 1e-2),
+        (9, 4.217e-3),
+        (10, 1.778e-3),
+        (10, 7.499e-4),
+        (9, 3.162e-4),
+        (10, 0.0),
+        (10, 3.162e-4),
+        (9, 1.334e-4),
+        (10, 5.623e-5),
+        (10, 2.371e-5),
+        (9, 1e-5),
+    ];
+    let expected: Vec<f64> = table.iter().flat_map(|&(steps, sigma)| (0..steps).map(move |_| sigma)).collect();
+    assert_eq!(expected.len(), 116);
+    for (u, &sigma) in expected.iter().enumerate() {
+        let found = schedule.sigma(u as u64 + 1);
+        assert!((found - sigma).abs() <= 5e-4 * sigma, "u = {u}: {found} against {sigma}");
+    }
+}
+
+#[test]
+fn e9_multipliers_are_those_of_the_layer_tables() {
+    for (file, of) in [
+        ("e9a.yaml", (|layer| f64::from((14..18).contains(&layer))) as fn(usize) -> f64),
+        ("e9b.yaml", |layer| match layer {
+            14..18 => 1.5,
+            10..14 | 18..22 => 1.2,
+            _ => 1.0,
+        }),
+        ("e9c.yaml", |layer| if (14..18).contains(&layer) { 1.5 } else { 0.0 }),
+        ("e9a_mini.yaml", |layer| f64::from((14..18).contains(&layer))),
+    ] {
+        for module in plan(&load(file)).modules.iter().filter(|m| m.kind == ModuleKind::Rmsnorm) {
+            // The final norm has no layer and takes the default, which is layer 0's.
+            assert_eq!(module.aqn_multiplier, of(module.layer.unwrap_or(0)), "{file} {}", module.name);
+        }
+    }
+}
+
+#[test]
+fn quickstart_and_debug_need_no_data() {
+    for (file, rows, steps) in [("quickstart.yaml", 192, 24), ("debug.yaml", 24, 12)] {
+        let config = load(file);
+        assert_eq!(config.data.generated.train_problems, rows);
+        let steps_per_epoch = config.steps_per_epoch(rows).unwrap();
+        let schedule = config.sigma_schedule(steps_per_epoch).unwrap();
+        assert_eq!(schedule.total_steps(), steps);
+        assert_eq!(
+            plan(&config).modules.iter().filter(|m| m.aqn_multiplier > 0.0).count(),
+            if file == "debug.yaml" { 9 } else { 57 }
+        );
+        // Every stage of both epochs is visited.
+        let mut stages: Vec<(u64, u64)> = (1..=steps).map(|t| (schedule.epoch(t), schedule.stage(t))).collect();
+        stages.dedup();
+        assert_eq!(stages.len(), 12, "{file}");
+    }
+}

@@ -1,0 +1,9 @@
+//! The program as its users meet it: through the binary, from YAML to checkpoint, killed, interrupted and misused.
+#![allow(clippy::unwrap_used)]
+
+mod bad_input;
+mod outputs;
+mod registry_minis;
+mod resume;
+mod signals;
+mod support;

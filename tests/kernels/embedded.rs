@@ -1,0 +1,81 @@
+//! What nvcc made and build.rs embedded: every kernel, for every architecture, without spills.
+
+use temper::device::kernels::{ARCHES, EMBEDDED, WHY_NOT_BUILT};
+
+fn built() -> bool {
+    if let Some(reason) = WHY_NOT_BUILT {
+        println!("skipped: {reason}");
+        assert!(EMBEDDED.is_empty() && ARCHES.is_empty());
+    }
+    WHY_NOT_BUILT.is_none()
+}
+
+/// The (is machine code, architecture number) of each entry of a fatbin: a header of 16 bytes (magic, version, header
+/// size u16, size u64), then entries of kind u16 (1 PTX, 2 ELF), unknown u16, header size u32, payload size u64, ...
+/// with the architecture at byte 28.
+fn entries(fatbin: &[u8]) -> Vec<(bool, u32)> {
+    let u16_at = |at: usize| u16::from_le_bytes(fatbin[at..at + 2].try_into().unwrap());
+    let u32_at = |at: usize| u32::from_le_bytes(fatbin[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_le_bytes(fatbin[at..at + 8].try_into().unwrap());
+    let (mut found, mut start) = (Vec::new(), 0);
+    while start + 16 <= fatbin.len() && u32_at(start) == 0xBA55_ED50 {
+        let end = start + u16_at(start + 6) as usize + u64_at(start + 8) as usize;
+        let mut at = start + u16_at(start + 6) as usize;
+        while at + 32 <= end {
+            found.push((u16_at(at) == 2, u32_at(at + 28)));
+            at += u32_at(at + 4) as usize + u64_at(at + 8) as usize;
+        }
+        start = end;
+    }
+    found
+}
+
+#[test]
+fn every_fatbin_holds_every_architecture() {
+    if !built() {
+        return;
+    }
+    let names: Vec<&str> = EMBEDDED.iter().map(|k| k.name).collect();
+    assert_eq!(names, ["fake_quant", "matmul_error", "perturb"]);
+    for kernel in EMBEDDED {
+        let found = entries(kernel.fatbin);
+        for arch in ARCHES {
+            let number: u32 = arch.chars().filter(char::is_ascii_digit).collect::<String>().parse().unwrap();
+            assert!(found.contains(&(arch.starts_with("sm_"), number)), "{}: {arch} not in {found:?}", kernel.name);
+        }
+    }
+    if std::env::var_os("CUDA_ARCHES").is_none() {
+        assert_eq!(ARCHES, ["sm_80", "sm_90", "compute_90"]);
+    }
+}
+
+#[test]
+fn no_kernel_spills_and_registers_stay_in_budget() {
+    if !built() {
+        return;
+    }
+    // 64 registers let four blocks of 256 threads live on a multiprocessor of 65536.
+    const REGISTERS: u32 = 64;
+    for kernel in EMBEDDED {
+        let mut functions = 0;
+        for line in kernel.ptxas.lines() {
+            if line.contains("spill stores") {
+                assert!(
+                    line.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"),
+                    "{}: {line}",
+                    kernel.name
+                );
+            }
+            if let Some(rest) = line.split("Used ").nth(1) {
+                let used: u32 = rest.split(' ').next().unwrap().parse().unwrap();
+                assert!(used <= REGISTERS, "{}: {line}", kernel.name);
+                functions += 1;
+            }
+        }
+        assert!(
+            functions >= ARCHES.iter().filter(|a| a.starts_with("sm_")).count(),
+            "{}: ptxas said nothing",
+            kernel.name
+        );
+    }
+}

@@ -1,0 +1,16 @@
+//! The CUDA kernels against their definitions. The very .cu files run here on the CPU under kernels/host's shim, in
+//! several thread orders, and must give the bits of src/numerics; NVIDIA's own headers and the vectors of public
+//! libraries are independent oracles. What nvcc made is checked too. Nothing here needs a GPU.
+#![allow(unsafe_code, clippy::unwrap_used)]
+
+mod codecs;
+mod embedded;
+mod fake_quant;
+mod ffi;
+mod generator;
+mod host;
+mod matmul_error;
+mod perturb;
+mod preconditions;
+mod shim;
+mod support;

@@ -1,0 +1,49 @@
+//! The format grammar and the noise keys' fields.
+
+use temper::numerics::format::Format;
+use temper::numerics::noise_key::{Phase, Purpose, row_key, stream, token_key};
+
+#[test]
+fn formats_round_trip() {
+    for text in ["mxfp4", "mxfp4:even", "mxfp4:rceil", "nvfp4", "nvfp4_single_level"] {
+        let format: Format = text.parse().unwrap();
+        assert_eq!(format.to_string(), text);
+        let json = serde_json::to_string(&format).unwrap();
+        assert_eq!(json, format!("\"{text}\""));
+        assert_eq!(serde_json::from_str::<Format>(&json).unwrap(), format);
+    }
+    assert_eq!("mxfp4:floor".parse::<Format>().unwrap().to_string(), "mxfp4");
+}
+
+#[test]
+fn bad_formats_say_what_exists() {
+    for text in ["mxfp8", "fp8", "mxfp4:sr", "mxfp4:2d", "mxfp4:half_away", "nvfp4:4over6", "nvfp4:sr,2d"] {
+        let error = text.parse::<Format>().unwrap_err();
+        assert!(error.to_string().contains("known but not available yet"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+    for text in ["", "int4", "MXFP4", "mxfp4:", "mxfp4:odd", "nvfp4:even", "mxfp4:even,floor"] {
+        let error = text.parse::<Format>().unwrap_err();
+        assert!(error.to_string().contains("expected one of mxfp4"), "{error}");
+    }
+}
+
+#[test]
+fn keys_pack_their_fields() {
+    let key = stream(Purpose::MatmulDw, Phase::Update, 2, 0x12345).unwrap();
+    assert_eq!(key, 3 << 28 | 4 << 24 | 2 << 22 | 0x12345);
+    let token = token_key(0xFFFF, (1 << 22) - 1, 255, (1 << 18) - 1).unwrap();
+    assert_eq!(token, u64::MAX);
+    assert_eq!(token_key(1, 2, 3, 4).unwrap(), 1 << 48 | 2 << 26 | 3 << 18 | 4);
+    assert_eq!(row_key(7, 9), 7 << 32 | 9);
+}
+
+#[test]
+fn a_field_out_of_range_is_an_error() {
+    assert!(stream(Purpose::Aqn, Phase::Shared, 4, 0).is_err());
+    assert!(stream(Purpose::Aqn, Phase::Shared, 0, 1 << 22).is_err());
+    for fields in [[1 << 16, 0, 0, 0], [0, 1 << 22, 0, 0], [0, 0, 256, 0], [0, 0, 0, 1 << 18]] {
+        let error = token_key(fields[0], fields[1], fields[2], fields[3]).unwrap_err();
+        assert!(error.to_string().contains("out of range"), "{error}");
+    }
+}
