@@ -62,7 +62,18 @@ pub struct RunDir {
     path: PathBuf,
     start: Start,
     warnings: Vec<String>,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// The lock file, held. A process that is being forked elsewhere in this one (to ask git for the commit) shares the
+/// open file until it execs, so closing ours would not free the lock at once: dropping unlocks it.
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Nothing to do about a failure: the lock ends with the process at the latest.
+        let _ = self.0.unlock();
+    }
 }
 
 /// One start of the run, as run.json keeps it.
@@ -222,11 +233,11 @@ fn refuse_foreign(path: &Path, spec: &RunSpec) -> Result<Option<RunJson>> {
 }
 
 /// The kernel drops the lock with the process, also on kill -9, so a stale lock file means nothing.
-fn lock(path: &Path) -> Result<File> {
+fn lock(path: &Path) -> Result<Lock> {
     let lock_path = path.join(".lock");
     let file = File::create(&lock_path).map_err(|e| Error::io(&lock_path, e))?;
     match file.try_lock() {
-        Ok(()) => Ok(file),
+        Ok(()) => Ok(Lock(file)),
         Err(TryLockError::WouldBlock) => {
             bail_input!("{}: another process is writing this run; wait for it or stop it", path.display())
         }
