@@ -1,5 +1,6 @@
 //! The command line: a file per subcommand; parses, calls, prints.
 
+pub mod bench;
 mod common;
 pub mod doctor;
 pub mod eval;
@@ -62,6 +63,8 @@ enum Command {
     Quantize(quantize::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
+    /// Times of the operations beside baselines taken in the same run
+    Bench(bench::Args),
     /// What this machine has, and what to do about what is missing
     Doctor(doctor::Args),
 }
@@ -87,7 +90,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(usage) => return usage_error(&usage),
     };
-    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_)) {
+    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_) | Command::Bench(_)) {
         let_idle_threads_sleep();
     }
     // A panic is a bug; its user still gets one line.
@@ -119,6 +122,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
+        Command::Bench(args) => bench::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
     }
 }

@@ -94,6 +94,11 @@ pub fn fake_quant_bf16_into(
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
 }
 
+/// Elements of whole rows that one thread takes at a time.
+pub fn chunk_elements(cols: usize) -> usize {
+    (CHUNK_ELEMENTS / cols).max(1) * cols
+}
+
 /// A storage dtype: read exactly into f32, rounded to nearest even on the way back.
 pub(super) trait Element: Copy + Send + Sync {
     /// bf16 if true, f32 if false; fake_quant_avx2.rs loads and stores by it.
@@ -149,7 +154,7 @@ fn fake_quant<T: Element>(
     if x.is_empty() {
         return stats;
     }
-    let chunk = (CHUNK_ELEMENTS / cols).max(1) * cols;
+    let chunk = chunk_elements(cols);
     let parallel = x.len() >= PARALLEL_ELEMENTS;
     if format == Format::Nvfp4 && scale != TensorScale::Row {
         let amax_bits = match scale {
@@ -189,7 +194,7 @@ impl Counts {
 /// Bits of the largest magnitude over nvfp4 blocks without NaN or infinity.
 pub(super) fn finite_amax_bits<T: Element>(path: Path, x: &[T], cols: usize) -> u32 {
     #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") {
+    if path.or_below() >= Path::Avx2 {
         // SAFETY: the CPU has AVX2, as just detected.
         let bits = unsafe { fake_quant_avx2::amax_bits(x) };
         if bits < INFINITY_BITS {
@@ -215,7 +220,7 @@ fn quantize_rows<T: Element>(
     out: &mut [T],
 ) -> Counts {
     #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") {
+    if path.or_below() >= Path::Avx2 {
         // SAFETY: the CPU has AVX2, as just detected.
         unsafe {
             match format {

@@ -9,4 +9,5 @@ pub mod matmul_error;
 pub mod normals;
 #[cfg(target_arch = "x86_64")]
 mod normals_avx2;
+pub mod path;
 pub mod tensor;
