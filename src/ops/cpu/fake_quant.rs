@@ -1,18 +1,19 @@
 //! Fake quantization on the CPU, bitwise equal to `numerics::block_format::fake_quant_scaled`: x [rows, cols] -> y.
 //!
-//! Codes are not stored: |x| * E is rounded on the E2M1 grid by adding and subtracting 1.5 * 2^23 steps, the step
-//! (.5, 1 or 2) chosen by magnitude, which rounds ties to even multiples of the step as the codes do. Rows
-//! run in parallel; fake_quant_portable.rs and fake_quant_avx2.rs hold the work on a row.
+//! Codes are not stored. Rows run in parallel; mxfp4.rs (integers, one source for every instruction set), nvfp4_avx512.rs,
+//! nvfp4_avx2.rs and fake_quant_portable.rs hold the work on rows.
 #![allow(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-use super::fake_quant_avx2;
 use super::fake_quant_portable::{self, padded, read};
-use super::normals::Path;
+use super::mxfp4::mxfp4_rows;
+use super::path::{Path, for_each_path};
+#[cfg(target_arch = "x86_64")]
+use super::{nvfp4_avx2, nvfp4_avx512};
 use crate::numerics::block_format::{TensorScale, tensor_encode_scale};
 use crate::numerics::format::Format;
 use half::bf16;
 use rayon::prelude::*;
+use std::ops::{BitAnd, BitOr};
 
 /// Below this many elements one thread is faster than waking others.
 const PARALLEL_ELEMENTS: usize = 64 * 1024;
@@ -66,7 +67,7 @@ pub fn fake_quant_f32_into(
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
 }
 
-/// `fake_quant_f32_into` by a chosen implementation; `Path::Avx2` falls back where the CPU lacks it.
+/// `fake_quant_f32_into` by a chosen implementation, or the fastest below it that the CPU has.
 pub fn fake_quant_f32_by(
     path: Path,
     x: &[f32],
@@ -94,25 +95,49 @@ pub fn fake_quant_bf16_into(
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
 }
 
+/// `fake_quant_bf16_into` by a chosen implementation, or the fastest below it that the CPU has.
+pub fn fake_quant_bf16_by(
+    path: Path,
+    x: &[bf16],
+    rows: usize,
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    out: &mut [bf16],
+) -> FakeQuantStats {
+    fake_quant(path, x, rows, cols, format, scale, out)
+}
+
 /// Elements of whole rows that one thread takes at a time.
 pub fn chunk_elements(cols: usize) -> usize {
     (CHUNK_ELEMENTS / cols).max(1) * cols
 }
 
-/// A storage dtype: read exactly into f32, rounded to nearest even on the way back.
+/// A storage dtype: read exactly into f32, rounded to nearest even on the way back. Also as bits: sign, 8 bits of
+/// exponent, mantissa.
 pub(super) trait Element: Copy + Send + Sync {
-    /// bf16 if true, f32 if false; fake_quant_avx2.rs loads and stores by it.
+    /// bf16 if true, f32 if false; the vector code loads and stores by it.
     const IS_BF16: bool;
     const ZERO: Self;
     const NAN: Self;
+    /// An unsigned integer of its size.
+    type Word: Word;
+    const MANTISSA_BITS: u32;
+    /// All bits but the sign.
+    const MAGNITUDE_BITS: u32 = (1 << (8 + Self::MANTISSA_BITS)) - 1;
+    const INFINITY: u32 = 0xFF << Self::MANTISSA_BITS;
     fn read(self) -> f32;
     fn round(value: f32) -> Self;
+    fn word(self) -> Self::Word;
+    fn of_word(word: Self::Word) -> Self;
 }
 
 impl Element for f32 {
     const IS_BF16: bool = false;
     const ZERO: f32 = 0.0;
     const NAN: f32 = f32::NAN;
+    type Word = u32;
+    const MANTISSA_BITS: u32 = 23;
     #[inline(always)]
     fn read(self) -> f32 {
         self
@@ -121,12 +146,22 @@ impl Element for f32 {
     fn round(value: f32) -> f32 {
         value
     }
+    #[inline(always)]
+    fn word(self) -> u32 {
+        self.to_bits()
+    }
+    #[inline(always)]
+    fn of_word(word: u32) -> f32 {
+        f32::from_bits(word)
+    }
 }
 
 impl Element for bf16 {
     const IS_BF16: bool = true;
     const ZERO: bf16 = bf16::ZERO;
     const NAN: bf16 = bf16::NAN;
+    type Word = u16;
+    const MANTISSA_BITS: u32 = 7;
     #[inline(always)]
     fn read(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)
@@ -137,7 +172,56 @@ impl Element for bf16 {
         let bits = value.to_bits();
         bf16::from_bits((bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16) as u16)
     }
+    #[inline(always)]
+    fn word(self) -> u16 {
+        self.to_bits()
+    }
+    #[inline(always)]
+    fn of_word(word: u16) -> bf16 {
+        bf16::from_bits(word)
+    }
 }
+
+/// Arithmetic on bit patterns; sums and differences wrap.
+pub(super) trait Word: Copy + Ord + BitAnd<Output = Self> + BitOr<Output = Self> {
+    const ZERO: Self;
+    /// The low bits.
+    fn of(value: u32) -> Self;
+    fn plus(self, other: Self) -> Self;
+    fn minus(self, other: Self) -> Self;
+    fn shifted_right(self, bits: u32) -> Self;
+    fn to_usize(self) -> usize;
+}
+
+macro_rules! word {
+    ($t:ty) => {
+        impl Word for $t {
+            const ZERO: $t = 0;
+            #[inline(always)]
+            fn of(value: u32) -> $t {
+                value as $t
+            }
+            #[inline(always)]
+            fn plus(self, other: $t) -> $t {
+                self.wrapping_add(other)
+            }
+            #[inline(always)]
+            fn minus(self, other: $t) -> $t {
+                self.wrapping_sub(other)
+            }
+            #[inline(always)]
+            fn shifted_right(self, bits: u32) -> $t {
+                self.wrapping_shr(bits)
+            }
+            #[inline(always)]
+            fn to_usize(self) -> usize {
+                self as usize
+            }
+        }
+    };
+}
+word!(u16);
+word!(u32);
 
 fn fake_quant<T: Element>(
     path: Path,
@@ -191,15 +275,11 @@ impl Counts {
     }
 }
 
-/// Bits of the largest magnitude over nvfp4 blocks without NaN or infinity.
+/// Bits (as f32) of the largest magnitude over nvfp4 blocks without NaN or infinity.
 pub(super) fn finite_amax_bits<T: Element>(path: Path, x: &[T], cols: usize) -> u32 {
-    #[cfg(target_arch = "x86_64")]
-    if path.or_below() >= Path::Avx2 {
-        // SAFETY: the CPU has AVX2, as just detected.
-        let bits = unsafe { fake_quant_avx2::amax_bits(x) };
-        if bits < INFINITY_BITS {
-            return bits;
-        }
+    let bits = amax_bits(path, x);
+    if bits < INFINITY_BITS {
+        return bits;
     }
     // Block by block, to leave out those with NaN or infinity.
     let mut largest = 0;
@@ -208,6 +288,17 @@ pub(super) fn finite_amax_bits<T: Element>(path: Path, x: &[T], cols: usize) -> 
         largest = largest.max(if bits < INFINITY_BITS { bits } else { 0 });
     }
     largest
+}
+
+for_each_path! {
+    /// Bits (as f32) of the largest magnitude of all, NaN and infinity included.
+    fn amax_bits<T: Element>(x: &[T]) -> u32 {
+        let mut largest = T::Word::ZERO;
+        for value in x {
+            largest = largest.max(value.word() & T::Word::of(T::MAGNITUDE_BITS));
+        }
+        T::of_word(largest).read().to_bits()
+    }
 }
 
 /// Whole rows. `encode_scale` None: nvfp4 with a G of every row's own.
@@ -219,24 +310,40 @@ fn quantize_rows<T: Element>(
     encode_scale: Option<f32>,
     out: &mut [T],
 ) -> Counts {
-    #[cfg(target_arch = "x86_64")]
-    if path.or_below() >= Path::Avx2 {
-        // SAFETY: the CPU has AVX2, as just detected.
-        unsafe {
-            match format {
-                Format::Mxfp4 { rule } => return fake_quant_avx2::mxfp4_rows(x, cols, rule, out),
-                Format::Nvfp4 => return fake_quant_avx2::nvfp4_rows(x, cols, encode_scale, out),
-                Format::Nvfp4SingleLevel => return single_level_avx2(x, cols, out),
+    match format {
+        Format::Mxfp4 { rule } => mxfp4_rows(path, x, cols, rule, out),
+        Format::Nvfp4SingleLevel => single_level_rows(path, x, cols, out),
+        Format::Nvfp4 => {
+            let mut counts = Counts::default();
+            for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+                let row_amax = || f32::from_bits(finite_amax_bits(path, x, cols));
+                let g = encode_scale.unwrap_or_else(|| tensor_encode_scale(row_amax()));
+                nvfp4_row(path, x, g, out, &mut counts);
             }
+            counts
         }
     }
-    let _ = path;
-    fake_quant_portable::quantize_rows(x, cols, format, encode_scale, out)
 }
 
-/// The portable code, compiled with AVX2: this variant is not worth intrinsics.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn single_level_avx2<T: Element>(x: &[T], cols: usize, out: &mut [T]) -> Counts {
-    fake_quant_portable::quantize_rows(x, cols, Format::Nvfp4SingleLevel, None, out)
+fn nvfp4_row<T: Element>(path: Path, x: &[T], g: f32, out: &mut [T], counts: &mut Counts) {
+    #[cfg(target_arch = "x86_64")]
+    match path.or_below() {
+        Path::Portable => {}
+        // SAFETY: or_below gives a path only where the CPU has its instructions.
+        Path::Avx2 => return unsafe { nvfp4_avx2::row(x, g, out, counts) },
+        // SAFETY: as above.
+        Path::Avx512 => return unsafe { nvfp4_avx512::row(x, g, out, counts) },
+    }
+    let _ = path;
+    fake_quant_portable::nvfp4_row(x, g, out, counts);
+}
+
+for_each_path! {
+    fn single_level_rows<T: Element>(x: &[T], cols: usize, out: &mut [T]) -> Counts {
+        let mut counts = Counts::default();
+        for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+            fake_quant_portable::single_level_row(x, out, &mut counts);
+        }
+        counts
+    }
 }

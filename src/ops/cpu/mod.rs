@@ -2,12 +2,15 @@
 
 mod error_segment;
 pub mod fake_quant;
-#[cfg(target_arch = "x86_64")]
-mod fake_quant_avx2;
 mod fake_quant_portable;
 pub mod matmul_error;
+mod mxfp4;
 pub mod normals;
 #[cfg(target_arch = "x86_64")]
 mod normals_avx2;
+#[cfg(target_arch = "x86_64")]
+mod nvfp4_avx2;
+#[cfg(target_arch = "x86_64")]
+mod nvfp4_avx512;
 pub mod path;
 pub mod tensor;

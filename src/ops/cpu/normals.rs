@@ -17,7 +17,7 @@ pub fn normals_into(seed: u64, stream: u32, token: u64, out: &mut [f32]) {
     normals_into_by(Path::best(), seed, stream, token, out);
 }
 
-/// `normals_into` by a chosen implementation; `Path::Avx2` falls back where the CPU lacks it.
+/// `normals_into` by a chosen implementation, or the fastest below it that the CPU has.
 pub fn normals_into_by(path: Path, seed: u64, stream: u32, token: u64, out: &mut [f32]) {
     let whole = out.len() / COLUMN_BLOCK * COLUMN_BLOCK;
     let (blocks, tail) = out.split_at_mut(whole);
