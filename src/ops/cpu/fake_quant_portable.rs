@@ -3,7 +3,8 @@
 //! |x| * E is rounded on the E2M1 grid by adding and subtracting 1.5 * 2^23 steps, the step (.5, 1 or 2) chosen by
 //! magnitude, which rounds ties to even multiples of the step as the codes do.
 
-use super::fake_quant::{Counts, Element, INFINITY_BITS};
+use super::element::Element;
+use super::fake_quant::{Counts, INFINITY_BITS};
 use crate::numerics::block_format::mx_exponent;
 use crate::numerics::format::MxScaleRule;
 use crate::numerics::{e4m3, e8m0, original};

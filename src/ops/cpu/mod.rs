@@ -1,5 +1,6 @@
 //! The CPU side of every operation: vectorised, parallel over rows.
 
+mod element;
 mod error_segment;
 pub mod fake_quant;
 mod fake_quant_portable;
@@ -8,6 +9,7 @@ mod mxfp4;
 pub mod normals;
 #[cfg(target_arch = "x86_64")]
 mod normals_avx2;
+mod nvfp4;
 #[cfg(target_arch = "x86_64")]
 mod nvfp4_avx2;
 #[cfg(target_arch = "x86_64")]

@@ -6,7 +6,8 @@
 //! No element is widened and nothing is multiplied. All of this holds while 2^k / 4 is a normal number; blocks of
 //! other sizes, and NaN and infinity, take the definition's steps.
 
-use super::fake_quant::{Counts, Element, Word};
+use super::element::{Element, Word};
+use super::fake_quant::Counts;
 use super::fake_quant_portable::mxfp4_block;
 use super::path::for_each_path;
 use crate::numerics::format::MxScaleRule;

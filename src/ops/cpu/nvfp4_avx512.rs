@@ -5,33 +5,77 @@
 //! even codes). A code's value is then looked up among the block's 8, which were scaled and rounded once.
 #![allow(unsafe_code)]
 
-use super::fake_quant::{Counts, Element, INFINITY_BITS};
-use super::fake_quant_portable::nvfp4_row as portable_row;
+use super::element::{Element, Word};
+use super::fake_quant::{Counts, INFINITY_BITS};
+use super::fake_quant_portable::{nvfp4_row as portable_row, padded};
 use crate::numerics::e2m1::MAGNITUDES;
 use std::arch::x86_64::*;
 
-const STRIP: usize = 256;
+const BLOCKS: usize = 16;
+const STRIP: usize = 16 * BLOCKS;
 
-/// A row of blocks under G.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) fn row<T: Element>(x: &[T], g: f32, out: &mut [T], counts: &mut Counts) {
+/// The amax of every block of a row, as bits.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) fn row_amaxes<T: Element>(x: &[T], amaxes: &mut [T::Word]) {
     let (strips, tail) = x.as_chunks::<STRIP>();
-    let (out_strips, out_tail) = out.as_chunks_mut::<STRIP>();
-    for (x, out) in strips.iter().zip(out_strips) {
-        strip(x, g, out, counts);
+    let (whole, last) = amaxes.as_chunks_mut::<BLOCKS>();
+    for (x, amaxes) in strips.iter().zip(&mut *whole) {
+        strip_amaxes(x, amaxes);
     }
     if !tail.is_empty() {
-        let (mut padded, mut y) = ([T::ZERO; STRIP], [T::ZERO; STRIP]);
-        padded[..tail.len()].copy_from_slice(tail);
-        strip(&padded, g, &mut y, counts);
+        let mut of_padded = [T::Word::ZERO; BLOCKS];
+        strip_amaxes(&padded(tail), &mut of_padded);
+        last.copy_from_slice(&of_padded[..last.len()]);
+    }
+}
+
+/// A row of blocks of known amax under G.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+pub(super) fn row<T: Element>(x: &[T], amaxes: &[T::Word], g: f32, out: &mut [T], counts: &mut Counts) {
+    let (strips, tail) = x.as_chunks::<STRIP>();
+    let (out_strips, out_tail) = out.as_chunks_mut::<STRIP>();
+    let (whole, last) = amaxes.as_chunks::<BLOCKS>();
+    for ((x, amaxes), out) in strips.iter().zip(whole).zip(out_strips) {
+        strip(x, amaxes, g, out, counts);
+    }
+    if !tail.is_empty() {
+        let (mut amaxes, mut y) = ([T::Word::ZERO; BLOCKS], [T::ZERO; STRIP]);
+        amaxes[..last.len()].copy_from_slice(last);
+        strip(&padded(tail), &amaxes, g, &mut y, counts);
         out_tail.copy_from_slice(&y[..tail.len()]);
     }
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-fn strip<T: Element>(x: &[T; STRIP], g: f32, out: &mut [T; STRIP], counts: &mut Counts) {
-    let amax = if T::IS_BF16 { amax_bf16(x) } else { amax_f32(x) };
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn strip_amaxes<T: Element>(x: &[T; STRIP], amaxes: &mut [T::Word; BLOCKS]) {
+    if T::IS_BF16 {
+        // SAFETY: IS_BF16 says that amaxes is 16 words of 16 bits; the store needs no alignment.
+        unsafe { _mm256_storeu_si256(amaxes.as_mut_ptr().cast(), _mm512_cvtepi32_epi16(amax_bf16(x))) };
+    } else {
+        // SAFETY: amaxes is 16 words of 32 bits; the store needs no alignment.
+        unsafe { _mm512_storeu_si512(amaxes.as_mut_ptr().cast(), amax_f32(x)) };
+    }
+}
+
+/// Bits, as f32, of the amaxes of a strip.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn widened_amaxes<T: Element>(amaxes: &[T::Word; BLOCKS]) -> __m512i {
+    if T::IS_BF16 {
+        // SAFETY: IS_BF16 says that amaxes is 16 words of 16 bits; the load needs no alignment.
+        let words = unsafe { _mm256_loadu_si256(amaxes.as_ptr().cast()) };
+        _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(words))
+    } else {
+        // SAFETY: amaxes is 16 words of 32 bits; the load needs no alignment.
+        unsafe { _mm512_loadu_si512(amaxes.as_ptr().cast()) }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
+fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &mut [T; STRIP], counts: &mut Counts) {
+    let amax = widened_amaxes::<T>(amaxes);
     if _mm512_cmpge_epu32_mask(amax, _mm512_set1_epi32(INFINITY_BITS as i32)) != 0 {
         return portable_row(x, g, out, counts);
     }
@@ -44,7 +88,7 @@ fn strip<T: Element>(x: &[T; STRIP], g: f32, out: &mut [T; STRIP], counts: &mut 
 
 /// (E, S * D) of 16 blocks, as fake_quant_portable.rs has them for one.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn block_scales(amax: __m512, g: f32) -> (__m512, __m512) {
     let all = |v: f32| _mm512_set1_ps(v);
     let v = _mm512_min_ps(_mm512_mul_ps(amax, all(g * (1.0 / 6.0))), all(448.0));
@@ -62,7 +106,7 @@ fn block_scales(amax: __m512, g: f32) -> (__m512, __m512) {
 
 /// Codes 0..7 in the low 3 bits of every lane, from magnitudes scaled by E, and how many exceed 6.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn codes(a: __m512) -> (__m512i, u32) {
     let six = _mm512_set1_ps(6.0);
     let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, six);
@@ -95,10 +139,10 @@ fn load(values: &[f32; 16]) -> __m512 {
 }
 
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn quantize_f32<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out: &mut [T; STRIP]) -> usize {
     debug_assert!(!T::IS_BF16);
-    let mut saturated = 0;
+    let mut saturated = 0usize;
     let mut block = _mm512_setzero_si512();
     for at in (0..STRIP).step_by(16) {
         // SAFETY: 16 f32 values from `at` on lie within the strip; the load needs no alignment.
@@ -106,7 +150,7 @@ fn quantize_f32<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out:
         let (encode, decode) = (_mm512_permutexvar_ps(block, encode), _mm512_permutexvar_ps(block, decode));
         block = _mm512_add_epi32(block, _mm512_set1_epi32(1));
         let (codes, above) = codes(_mm512_abs_ps(_mm512_mul_ps(v, encode)));
-        saturated += above as usize;
+        saturated = saturated.wrapping_add(above as usize);
         let y = _mm512_permutexvar_ps(codes, _mm512_mul_ps(magnitudes(), decode));
         let y = _mm512_or_ps(y, _mm512_and_ps(v, _mm512_set1_ps(-0.0)));
         // SAFETY: as the load.
@@ -117,7 +161,7 @@ fn quantize_f32<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out:
 
 /// Two blocks at a time: 32 values of 16 bits, widened as the even and the odd ones.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn quantize_bf16<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out: &mut [T; STRIP]) -> usize {
     debug_assert!(T::IS_BF16);
     let magnitude = _mm512_set1_epi16(0x7FFF);
@@ -135,7 +179,7 @@ fn quantize_bf16<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out
         let odd = _mm512_castsi512_ps(_mm512_and_si512(m, _mm512_set1_epi32(0xFFFF_0000u32 as i32)));
         let (even, even_above) = codes(_mm512_mul_ps(even, encode));
         let (odd, odd_above) = codes(_mm512_mul_ps(odd, encode));
-        saturated = saturated.wrapping_add((even_above + odd_above) as usize);
+        saturated = saturated.wrapping_add(even_above.wrapping_add(odd_above) as usize);
         let codes = _mm512_mask_blend_epi16(0xAAAA_AAAA, even, _mm512_slli_epi32::<16>(odd));
         // (codes & 7) | second
         let codes = _mm512_ternarylogic_epi32::<0xEA>(_mm512_set1_epi16(7), codes, second);
@@ -151,7 +195,7 @@ fn quantize_bf16<T: Element>(x: &[T; STRIP], encode: __m512, decode: __m512, out
 
 /// 16 finite values to bf16, to nearest even.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn rounded_bf16(v: __m512) -> __m256i {
     let bits = _mm512_castps_si512(v);
     let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
@@ -159,9 +203,9 @@ fn rounded_bf16(v: __m512) -> __m256i {
     _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
 }
 
-/// Bits of the amax of each of 16 blocks: the halves of pairs of vectors change places until every lane has its block.
+/// Bits of the amax of each of 16 blocks, in the low half of its lane: the halves of pairs of vectors change places until every lane has its block.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn amax_bf16<T: Element>(x: &[T; STRIP]) -> __m512i {
     debug_assert!(T::IS_BF16);
     let mut pairs = [_mm512_setzero_si512(); 8]; // two blocks each
@@ -180,9 +224,8 @@ fn amax_bf16<T: Element>(x: &[T; STRIP]) -> __m512i {
     let halves = |a, b| _mm512_max_epu16(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     let (evens, odds) = evens_and_odds(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
     let all = _mm512_max_epu16(evens, odds);
-    let low = _mm512_slli_epi32::<16>(all);
-    let all = _mm512_max_epu32(low, _mm512_and_si512(all, _mm512_set1_epi32(0xFFFF_0000u32 as i32)));
-    in_order(all)
+    // The larger half of every lane.
+    in_order(_mm512_max_epu16(all, _mm512_srli_epi32::<16>(all)))
 }
 
 /// The even and the odd 32-bit lanes of a and b, 128 bits by 128 bits.
@@ -201,9 +244,9 @@ fn in_order(v: __m512i) -> __m512i {
     _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v)
 }
 
-/// `amax_bf16` of f32.
+/// `amax_bf16` of f32, in the whole lane.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn amax_f32<T: Element>(x: &[T; STRIP]) -> __m512i {
     debug_assert!(!T::IS_BF16);
     let block = |block: usize| {

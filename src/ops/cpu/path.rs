@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Path {
     Portable,
-    /// AVX2 with FMA.
+    /// AVX2 with FMA and POPCNT.
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
@@ -32,7 +32,11 @@ impl Path {
         #[cfg(target_arch = "x86_64")]
         return match self {
             Path::Portable => true,
-            Path::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Path::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("popcnt")
+            }
             Path::Avx512 => {
                 Path::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
@@ -73,13 +77,13 @@ macro_rules! for_each_path {
             fn portable<$T: $bound>($($arg: $ty),*) -> $ret $body
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx2,fma")]
+            #[target_feature(enable = "avx2,fma,popcnt")]
             fn avx2<$T: $bound>($($arg: $ty),*) -> $ret {
                 portable($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
-            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")]
             fn avx512<$T: $bound>($($arg: $ty),*) -> $ret {
                 portable($($arg),*)
             }
