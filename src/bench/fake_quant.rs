@@ -57,7 +57,7 @@ fn group(n: usize, k: usize, kind: Kind, dtype: &'static str, chains: bool) -> R
     let baseline = formats.iter().position(|f| f.to_string() == BASELINE);
     for (place, (format, times)) in formats.iter().zip(quantized).enumerate() {
         // nvfp4 reads x twice: its tensor amax comes first.
-        let passes = if *format == Format::Nvfp4 { 3 } else { 2 };
+        let passes = if format.has_tensor_scale() { 3 } else { 2 };
         let mut row = row(&format!("fake_quant {format}"), times).moving(passes * bytes).beside_copy(copy);
         if let Some(baseline) = baseline.filter(|b| *b != place) {
             row = row.beside(BASELINE, &quantized[baseline]);
@@ -129,7 +129,7 @@ impl Buffers {
         let Some(chain) = torch_chain::fake_quant(self.x(0), format)? else {
             return Ok(false);
         };
-        let ours = fake_quant(self.x(0), format, TensorScale::Tensor)?;
+        let ours = fake_quant(self.x(0), format, TensorScale::Tensor, None)?;
         let differ = i64::try_from(chain.f_ne_tensor(&ours)?.f_sum(Kind::Int64)?)?;
         if differ != 0 {
             return Err(Error::Runtime(format!("bench: {differ} values of {format} differ from the torch chain's")));

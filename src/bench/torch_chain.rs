@@ -5,14 +5,14 @@
 use tch::{Kind, Tensor};
 
 use crate::Result;
-use crate::numerics::format::{Format, MxScaleRule};
+use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
 
 /// The chain of a format; None where none is written.
 pub fn fake_quant(x: &Tensor, format: Format) -> Result<Option<Tensor>> {
-    Ok(match format {
-        Format::Mxfp4 { rule } => Some(mxfp4(x, rule)?),
-        Format::Nvfp4 => Some(nvfp4(x)?),
-        Format::Nvfp4SingleLevel => None,
+    Ok(match (format.family, format.rounding, format.two_d) {
+        (Family::Mxfp4 { rule }, Rounding::NearestEven, false) => Some(mxfp4(x, rule)?),
+        (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven, false) => Some(nvfp4(x)?),
+        _ => None,
     })
 }
 

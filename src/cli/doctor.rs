@@ -12,12 +12,7 @@ pub struct Args {}
 
 pub fn run(_args: &Args, global: &super::Global) -> Result<()> {
     let report = Report::collect();
-    if global.json {
-        println!("{}", report.to_json());
-    } else {
-        print!("{}", report.to_text());
-    }
-    Ok(())
+    if global.json { super::print(report.to_json()) } else { super::print(report.to_text().trim_end()) }
 }
 
 struct Report {

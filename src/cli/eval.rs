@@ -82,12 +82,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             writer.write_rows(&rows)?;
         }
     }
-    if global.json {
-        println!("{}", json!({"n": n, "conditions": conditions}));
-    } else {
-        println!("{table}");
-    }
-    Ok(())
+    if global.json { super::print(json!({"n": n, "conditions": conditions})) } else { super::print(table) }
 }
 
 fn interval(entry: &Value) -> String {

@@ -77,12 +77,10 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let response = completions.first().map_or(&[][..], |c| c.sequence.response());
     let text = loaded.tokenizer.as_ref().map(|t| t.decode(response)).transpose()?;
     if global.json {
-        println!("{}", json!({"ids": response, "text": text}));
-    } else {
-        let ids = || response.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-        println!("{}", text.unwrap_or_else(ids));
+        return super::print(json!({"ids": response, "text": text}));
     }
-    Ok(())
+    let ids = || response.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
+    super::print(text.unwrap_or_else(ids))
 }
 
 fn check(args: &Args) -> Result<()> {

@@ -1,4 +1,6 @@
 //! The command line: a file per subcommand; parses, calls, prints.
+// Through `print`: println! panics where stdout cannot be written.
+#![deny(clippy::print_stdout)]
 
 pub mod bench;
 mod common;
@@ -14,6 +16,7 @@ mod results;
 pub mod score;
 pub mod train;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -98,10 +101,6 @@ pub fn main() -> ExitCode {
     let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(&cli))).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
         let first = text.and_then(|t| t.lines().next()).unwrap_or("panic");
-        if let Some(reason) = first.strip_prefix("failed printing to ") {
-            // A reader that left, as `| head` does, has seen enough.
-            return if reason.contains("Broken pipe") { Ok(()) } else { Err(Error::Runtime(reason.to_string())) };
-        }
         Err(Error::Runtime(format!("internal error: {first}; please report it")))
     });
     match result {
@@ -124,6 +123,14 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
+    }
+}
+
+/// A command's result and a line end, to stdout. A reader that has seen enough (`| head`) is no error.
+fn print(result: impl std::fmt::Display) -> Result<()> {
+    match writeln!(std::io::stdout().lock(), "{result}") {
+        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout", e)),
+        _ => Ok(()),
     }
 }
 

@@ -2,7 +2,6 @@
 //!
 //! Works without weights (`model.preset`) and without data (`--steps-per-epoch`).
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use comfy_table::{Table, presets};
@@ -42,11 +41,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let plan = config.injection_plan(&modules).map_err(|e| e.at(&place))?;
 
     let text = if global.json {
-        format!("{}\n", to_json(&config, &schedule, &plan))
+        to_json(&config, &schedule, &plan).to_string()
     } else {
         to_text(&config, &schedule, &plan, global.verbose > 0)
     };
-    print(&text)?;
+    super::print(text.trim_end())?;
     if !global.quiet {
         for notice in notices(&schedule, &plan) {
             eprintln!("notice: {notice}");
@@ -235,14 +234,6 @@ fn name_of(value: impl serde::Serialize) -> String {
     match serde_json::to_value(value) {
         Ok(Value::String(name)) => name,
         _ => String::new(),
-    }
-}
-
-/// To stdout; a reader that has seen enough (`| head`) is no error.
-fn print(text: &str) -> Result<()> {
-    match std::io::stdout().lock().write_all(text.as_bytes()) {
-        Err(e) if e.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout", e)),
-        _ => Ok(()),
     }
 }
 

@@ -1,7 +1,6 @@
 //! `temper quantize IN OUT --format F`: a copy of a model (or of one .safetensors file) with fake-quantized
 //! weights, and how far each tensor moved.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -25,7 +24,7 @@ pub struct Args {
     /// What to write: a directory for a model, a .safetensors file for a file; must not exist yet
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Block format, such as mxfp4, mxfp4:even, nvfp4
+    /// Block format, such as mxfp4, mxfp4:even, nvfp4, nvfp4:sr, fp8
     #[arg(long, short)]
     format: String,
     /// Packed codes and scales in the compressed-tensors layout
@@ -174,7 +173,7 @@ fn print(report: &[QuantizedTensor], quantizer: &Quantizer, format: Format, glob
         let quantized = report.len();
         format!("{}\n{quantized} tensors quantized to {format}, {copied} copied", table(report, &mean))
     };
-    writeln!(std::io::stdout(), "{text}").map_err(|e| Error::io("stdout", e))
+    super::print(text)
 }
 
 fn table(report: &[QuantizedTensor], mean: &TensorError) -> comfy_table::Table {

@@ -52,8 +52,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         make_model(&preset, config.data.generated.seed, &model_dir, &config.trainer.threads, &global)?;
     }
     if args.model_only {
-        println!("{}", model_dir.display());
-        return Ok(());
+        return super::print(model_dir.display());
     }
     config.model.path = Some(model_dir.display().to_string());
     config.model.preset = None;

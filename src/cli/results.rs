@@ -53,17 +53,15 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
             "run_dir": run_dir, "conditions": results, "steps": last["step"],
             "disagreeing_steps": disagreeing_steps,
         });
-        println!("{value}");
-    } else {
-        println!("{table}");
-        println!("run directory: {}", run_dir.display());
-        if disagreeing_steps > 0 {
-            println!(
-                "WARNING: in {disagreeing_steps} steps the measured noise disagreed with the plan (see injection.jsonl)"
-            );
-        }
+        return super::print(value);
     }
-    Ok(())
+    let mut text = format!("{table}\nrun directory: {}", run_dir.display());
+    if disagreeing_steps > 0 {
+        text += &format!(
+            "\nWARNING: in {disagreeing_steps} steps the measured noise disagreed with the plan (see injection.jsonl)"
+        );
+    }
+    super::print(text)
 }
 
 /// Only a validation of step 0 was before training.

@@ -31,17 +31,16 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     prompt::check_length(ids.len(), &loaded.model)?;
     let logprobs = token_logprobs(&loaded.model, &ids)?;
     if global.json {
-        println!("{}", json!({"ids": ids, "logprobs": logprobs}));
-        return Ok(());
+        return super::print(json!({"ids": ids, "logprobs": logprobs}));
     }
+    let mut lines = String::new();
     for (id, logprob) in ids[1..].iter().zip(&logprobs) {
         let text = match &loaded.tokenizer {
             Some(tokenizer) => format!("  {:?}", tokenizer.decode(&[*id])?),
             None => String::new(),
         };
-        println!("{id:>8}  {logprob:>10.5}{text}");
+        lines += &format!("{id:>8}  {logprob:>10.5}{text}\n");
     }
     let sum: f64 = logprobs.iter().map(|&l| f64::from(l)).sum();
-    println!("sum {sum:.5}, perplexity {:.4}", (-sum / logprobs.len() as f64).exp());
-    Ok(())
+    super::print(format_args!("{lines}sum {sum:.5}, perplexity {:.4}", (-sum / logprobs.len() as f64).exp()))
 }

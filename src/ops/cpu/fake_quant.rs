@@ -7,7 +7,7 @@ use super::mxfp4::mxfp4_rows;
 use super::path::{Path, for_each_path};
 use super::{fake_quant_portable, nvfp4};
 use crate::numerics::block_format::{TensorScale, tensor_encode_scale};
-use crate::numerics::format::Format;
+use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -31,7 +31,7 @@ pub struct FakeQuantStats {
 /// y and what was met, for x [rows, cols] with one tensor amax.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, and where the format has no vector path.
 pub fn fake_quant_f32(x: &[f32], rows: usize, cols: usize, format: Format) -> (Vec<f32>, FakeQuantStats) {
     let mut out = vec![0.0; x.len()];
     let stats = fake_quant_f32_into(x, rows, cols, format, TensorScale::Tensor, &mut out);
@@ -41,7 +41,7 @@ pub fn fake_quant_f32(x: &[f32], rows: usize, cols: usize, format: Format) -> (V
 /// `fake_quant_f32` of bf16 values; y is rounded to bf16.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, and where the format has no vector path.
 pub fn fake_quant_bf16(x: &[bf16], rows: usize, cols: usize, format: Format) -> (Vec<bf16>, FakeQuantStats) {
     let mut out = vec![bf16::ZERO; x.len()];
     let stats = fake_quant_bf16_into(x, rows, cols, format, TensorScale::Tensor, &mut out);
@@ -51,7 +51,7 @@ pub fn fake_quant_bf16(x: &[bf16], rows: usize, cols: usize, format: Format) -> 
 /// Fills `out` [rows, cols].
 ///
 /// # Panics
-/// Where lengths disagree.
+/// Where lengths disagree, and where the format has no vector path.
 pub fn fake_quant_f32_into(
     x: &[f32],
     rows: usize,
@@ -79,7 +79,7 @@ pub fn fake_quant_f32_by(
 /// Fills `out` [rows, cols].
 ///
 /// # Panics
-/// Where lengths disagree.
+/// Where lengths disagree, and where the format has no vector path.
 pub fn fake_quant_bf16_into(
     x: &[bf16],
     rows: usize,
@@ -104,6 +104,25 @@ pub fn fake_quant_bf16_by(
     fake_quant(path, x, rows, cols, format, scale, out)
 }
 
+/// The formats with vector code of their own; fake_quant_general.rs has the choice.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Fast {
+    Mxfp4 { rule: MxScaleRule },
+    Nvfp4,
+    Nvfp4SingleLevel,
+}
+
+impl Fast {
+    pub(super) fn of(format: Format) -> Option<Fast> {
+        match (format.family, format.rounding, format.two_d) {
+            (Family::Mxfp4 { rule }, Rounding::NearestEven, false) => Some(Fast::Mxfp4 { rule }),
+            (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven, false) => Some(Fast::Nvfp4),
+            (Family::Nvfp4SingleLevel, ..) => Some(Fast::Nvfp4SingleLevel),
+            _ => None,
+        }
+    }
+}
+
 /// Elements of whole rows that one thread takes at a time.
 pub fn chunk_elements(cols: usize) -> usize {
     (CHUNK_ELEMENTS / cols).max(1) * cols
@@ -120,12 +139,13 @@ fn fake_quant<T: Element>(
 ) -> FakeQuantStats {
     assert_eq!(x.len(), rows * cols, "x holds [rows, cols]");
     assert_eq!(out.len(), x.len(), "out holds [rows, cols]");
+    let Some(format) = Fast::of(format) else { panic!("{format} has no vector path") };
     let mut stats = FakeQuantStats { nonfinite_blocks: 0, saturated: 0, tensor_encode_scale: 1.0 };
     if x.is_empty() {
         return stats;
     }
     let chunk = if x.len() < PARALLEL_ELEMENTS { x.len() } else { chunk_elements(cols) };
-    let counts = if format == Format::Nvfp4 && scale == TensorScale::Tensor {
+    let counts = if format == Fast::Nvfp4 && scale == TensorScale::Tensor {
         let blocks = nvfp4::blocks_per_row(cols);
         let (mut amaxes, amax_chunk) = (vec![T::Word::ZERO; rows * blocks], chunk / cols * blocks);
         let find = |(x, amaxes): (&[T], &mut [T::Word])| nvfp4::find_amaxes(path, x, cols, amaxes);
@@ -138,14 +158,14 @@ fn fake_quant<T: Element>(
         chunks.map(work).reduce(Counts::default, Counts::plus)
     } else {
         let g = match scale {
-            TensorScale::Amax(amax) if format == Format::Nvfp4 => Some(tensor_encode_scale(amax)),
+            TensorScale::Amax(amax) if format == Fast::Nvfp4 => Some(tensor_encode_scale(amax)),
             _ => None,
         };
         stats.tensor_encode_scale = g.unwrap_or(1.0);
         let work = |(x, out): (&[T], &mut [T])| match format {
-            Format::Mxfp4 { rule } => mxfp4_rows(path, x, cols, rule, out),
-            Format::Nvfp4 => nvfp4::rows(path, x, cols, g, out),
-            Format::Nvfp4SingleLevel => single_level_rows(path, x, cols, out),
+            Fast::Mxfp4 { rule } => mxfp4_rows(path, x, cols, rule, out),
+            Fast::Nvfp4 => nvfp4::rows(path, x, cols, g, out),
+            Fast::Nvfp4SingleLevel => single_level_rows(path, x, cols, out),
         };
         x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).map(work).reduce(Counts::default, Counts::plus)
     };

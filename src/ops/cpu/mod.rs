@@ -3,6 +3,7 @@
 mod element;
 mod error_segment;
 pub mod fake_quant;
+pub mod fake_quant_general;
 mod fake_quant_portable;
 pub mod matmul_error;
 mod mxfp4;
