@@ -111,7 +111,30 @@ impl SumsSink {
     }
 }
 
-/// `y` f32 [rows, cols], consumed; `bias` f32 [cols]; result [rows, cols] of `out_kind` (Float or BFloat16).
+/// into += law(y): `y` f32 [rows, cols], `into` f32 [rows, cols] on the same device.
+pub fn accumulate_product(
+    y: Tensor,
+    draw: &ErrorDraw,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+    into: &mut Tensor,
+) -> Result<()> {
+    let (rows, cols) = y.size2()?;
+    if y.device() != Device::Cpu || rows as usize != keys.len() {
+        let y = finish_product(y, None, Some(draw), keys, sink, Kind::Float)?;
+        let _ = into.f_add_(&y)?;
+        return Ok(());
+    }
+    let ErrorDraw { law, scale, seed, stream } = *draw;
+    let (y, into) = (cpu::tensor::f32_slice(&y)?, cpu::tensor::f32_slice_mut(into)?);
+    let sums = cpu::matmul_error::accumulate_f32(law, scale, seed, stream, keys.host(), y, cols as usize, into);
+    if let Some(sink) = sink {
+        sink.add(&sums);
+    }
+    Ok(())
+}
+
+/// `y` f32 [rows, cols], consumed (on the CPU an f32 result is y itself); `bias` f32 [cols]; result [rows, cols] of `out_kind` (Float or BFloat16).
 /// Without a draw: y + bias, rounded once.
 pub fn finish_product(
     mut y: Tensor,

@@ -10,7 +10,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, finish_product};
+use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_product, finish_product};
 use crate::Result;
 
 /// The error of one of the three products, and where its measurement goes.
@@ -82,14 +82,16 @@ pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Resu
 
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
-    let dw = product_f32(&dy.f_transpose(0, 1)?, x)?;
-    let dw = match &call.dw {
-        Some(WeightGradientError { error, keys }) => {
-            finish_product(dw, None, error.draw.as_ref(), keys, error.sink.as_ref(), Kind::Float)?
-        }
-        None => dw,
+    let dy = dy.f_transpose(0, 1)?;
+    if let Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) = &call.dw {
+        return accumulate_product(product_f32(&dy, x)?, draw, keys, sink.as_ref(), into);
+    }
+    // Without an error of its own the product needs no place of its own.
+    let _ = match (dy.kind(), dy.device()) {
+        (Kind::Float, _) => into.f_addmm_(&dy, x)?,
+        (_, Device::Cpu) => into.f_addmm_(&dy.f_to_kind(Kind::Float)?, &x.f_to_kind(Kind::Float)?)?,
+        _ => into.f_add_(&product_f32(&dy, x)?)?,
     };
-    let _ = into.f_add_(&dw)?;
     Ok(())
 }
 
