@@ -7,8 +7,9 @@ use super::measured::{MatmulDirection, Measured, StepInjection};
 use super::plan::{InjectionPlan, ModulePlan};
 use super::section::{ApplyTo, DrawMode, DwDraw, InjectPhase};
 use crate::Result;
-use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
+use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
 use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::fake_quant::StochasticDraw;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink};
 use crate::ops::noisy_linear::{NoisyLinearCall, ProductError, WeightGradientError};
 
@@ -80,6 +81,16 @@ impl Injector {
         let on = self.plan.dw_draw == DwDraw::PerUpdate && self.plan.matmul_phases.contains(InjectPhase::Backward);
         let error = self.product_error(index, MatmulDirection::Dw, Phase::Update, on);
         error.draw.is_some().then(|| WeightGradientError { error, keys: out_feature_keys(update, out_features) })
+    }
+
+    /// What the stochastic rounding of a module's weight draws from after `update` optimizer updates; None where its
+    /// format draws nothing.
+    pub fn weight_rounding(&self, index: u32, update: u32, rows: usize) -> Result<Option<StochasticDraw>> {
+        if !self.module(index).weight_format.is_some_and(|format| format.rounding.is_stochastic()) {
+            return Ok(None);
+        }
+        let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
+        Ok(Some(StochasticDraw { seed: self.plan.seed, stream, keys: out_feature_keys(update, rows) }))
     }
 
     fn product_error(&self, index: u32, direction: MatmulDirection, phase: Phase, on: bool) -> ProductError {

@@ -16,7 +16,7 @@ use super::section::{
 };
 use super::selection::pattern_matches;
 use crate::numerics::error_law::ErrorLaw;
-use crate::numerics::format::Format;
+use crate::numerics::format::{Format, Rounding};
 use crate::{Result, bail_input, input_error};
 
 /// What is injected into one module.
@@ -144,7 +144,9 @@ impl InjectionPlan {
     pub fn tensor_scale_siblings(&self, index: u32) -> Vec<u32> {
         const FUSED: [&[&str]; 2] =
             [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], &["mlp.gate_proj", "mlp.up_proj"]];
-        let Some(module) = self.modules.get(index as usize).filter(|m| m.weight_format == Some(Format::Nvfp4)) else {
+        let Some(module) =
+            self.modules.get(index as usize).filter(|m| m.weight_format.is_some_and(Format::has_tensor_scale))
+        else {
             return vec![index];
         };
         let group = FUSED.iter().find(|names| names.iter().any(|name| module.name.ends_with(name)));
@@ -263,8 +265,12 @@ fn notices(aqn: &NoiseInjectionSection, noise: &NoisyOpsSection, quant: &FakeQua
             .to_string(),
     );
     say(
-        quant.enabled && quant.weights == Some(Format::Nvfp4SingleLevel),
+        quant.enabled && quant.weights == Some(Format::NVFP4_SINGLE_LEVEL),
         format!("fake_quant.weights: nvfp4_single_level: {DEFECT}: no tensor scale"),
+    );
+    say(
+        quant.enabled && quant.weights.is_some_and(|format| format.rounding == Rounding::HalfAway),
+        format!("fake_quant.weights: half_away: {DEFECT}: ties go away from zero"),
     );
     say(
         noise.enabled && noise.error_scale == 0.0,

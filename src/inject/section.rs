@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::numerics::error_law::ErrorLaw;
-use crate::numerics::format::{Format, MxScaleRule};
+use crate::numerics::format::Format;
 
 pub use super::selection::{InjectPhase, LayerSet, PhaseSet};
 
@@ -190,7 +190,7 @@ impl Default for FakeQuantSection {
     fn default() -> FakeQuantSection {
         FakeQuantSection {
             enabled: false,
-            weights: Some(Format::Mxfp4 { rule: MxScaleRule::Floor }),
+            weights: Some(Format::MXFP4),
             activations: None,
             phases: PhaseSet::ALL.without(InjectPhase::RefLogprobs),
             target_modules: None,

@@ -1,7 +1,7 @@
 //! The fake-quantized weights of a model: made once per change of the weights, kept beside them.
 //!
 //! q/k/v and gate/up of a layer share one nvfp4 tensor amax, as deployment stores them fused, so that what was trained is
-//! what is exported.
+//! what is exported. Stochastic rounding draws anew for every optimizer update.
 
 use super::qwen2::{Module, Qwen2};
 use crate::Result;
@@ -30,7 +30,9 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
         } else {
             TensorScale::Tensor
         };
-        let quantized = fake_quant(weight.value(), format, scale)?;
+        let rows = weight.value().size()[0] as usize;
+        let draw = injector.weight_rounding(*index, model.update_number(), rows)?;
+        let quantized = fake_quant(weight.value(), format, scale, draw.as_ref())?;
         // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one
         // describe weights that only validation quantizes.
         if weight.master().is_some() && trains {

@@ -44,6 +44,7 @@ pub struct Qwen2 {
     pub head: Head,
     device: Device,
     kind: Kind,
+    update_number: u32,
 }
 
 /// A module of the plan that computes: where AQN and quantization reach it.
@@ -110,7 +111,7 @@ impl Qwen2 {
         let norm = RmsNorm::new(next(), take("model.norm.weight".into())?, eps);
         let head = Head::new(next());
         let lm_head = (!config.tie_word_embeddings).then(|| take("lm_head.weight".into())).transpose()?;
-        Ok(Qwen2 { config, embed_tokens, blocks, norm, lm_head, head, device, kind })
+        Ok(Qwen2 { config, embed_tokens, blocks, norm, lm_head, head, device, kind, update_number: 0 })
     }
 
     pub fn device(&self) -> Device {
@@ -201,6 +202,18 @@ impl Qwen2 {
         all.push((self.norm.index, Module::Norm(&self.norm)));
         all.push((self.head.site.index, Module::Linear(&self.head.site, self.head_weight())));
         all
+    }
+
+    /// Optimizer updates that the weights have seen: part of the key of their stochastic rounding. 0 where frozen.
+    pub fn update_number(&self) -> u32 {
+        self.update_number
+    }
+
+    /// Counts an update. The quantized copies are dropped even if the weights stayed as they were (a skipped update):
+    /// what they are may depend on the number alone, or a resumed run would differ.
+    pub fn set_update_number(&mut self, updates: u32) {
+        self.update_number = updates;
+        self.invalidate();
     }
 
     /// Drops everything derived from the weights (quantized copies).

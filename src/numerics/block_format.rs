@@ -1,23 +1,25 @@
 //! Fake quantization x -> y of a row-major matrix, the definition: slow, plain, and what the fast versions are tested
-//! against. x [rows, cols] f32; blocks are consecutive elements of one row; a ragged last block acts as if padded
-//! with zeros. With b = the block's largest magnitude (numerics.md section 2, default rounding):
+//! against. x [rows, cols] f32; a block is consecutive elements of one row (or a square tile, option `2d`); a ragged
+//! last block acts as if padded with zeros. Scales: block_scale.rs; elements: element.rs; random bits:
+//! stochastic_rounding.rs. For every block of amax b (numerics.md section 2):
 //!
-//! mxfp4   b = m * 2^e:  k = e - 2 (+ 1 by rule), clamped to -127..127;  code = e2m1(x * 2^-k);  y = value(code) * 2^k
-//! nvfp4   A = tensor amax:  G = 2688 / A;  S = e4m3(min(b * (G * (1/6)), 448));  D = 1 / G;
-//!         E = min(1 / (S * D), f32 max);  code = e2m1(x * E);  y = value(code) * (S * D)
+//! scaled = x * E (or x / s);  code = round(scaled), saturating;  y = value(code) * decode
 //!
-//! All steps in f32 as written, in this order: TransformerEngine's exact path, bit for bit. -0 is kept. A block that
-//! holds NaN or infinity becomes NaN, is left out of A and counted.
+//! All steps in f32 as written. -0 is kept. A block that holds NaN or infinity becomes NaN, is left out of A and
+//! counted; in fp8, which has no smaller block, that is the row.
 
-use super::format::{Format, MxScaleRule};
-use super::{e2m1, e4m3, e8m0, original};
+use super::block_scale::{BlockScale, block_scales, nonfinite_byte, tensor_scale};
+pub use super::block_scale::{mx_exponent, nvfp4_block_scale, tensor_encode_scale};
+use super::format::{Family, Format};
+pub use super::stochastic_rounding::RoundingDraw;
+use super::{e2m1, e4m3};
 
-/// What nvfp4 takes its tensor amax A from. The other formats have no tensor scale and ignore it.
+/// What the tensor amax A of nvfp4 and fp8:tensor is taken from. The other formats have no tensor scale and ignore it.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum TensorScale {
     /// One A over the whole matrix (weights).
     Tensor,
-    /// An A for every row (activations: a token's codes do not depend on its neighbours).
+    /// An A for every row (activations: a token's codes do not depend on its neighbours). Not with 2-D tiles.
     Row,
     /// A given A: shared by fused siblings, or calibrated.
     Amax(f32),
@@ -28,58 +30,81 @@ pub enum TensorScale {
 pub struct Quantized {
     /// y [rows, cols]; the caller rounds it to the input's dtype.
     pub dequantized: Vec<f32>,
-    /// E2M1 codes [rows, cols], one a byte.
+    /// E2M1 codes or E4M3 bytes [rows, cols], one a byte.
     pub codes: Vec<u8>,
-    /// E8M0 (mxfp4) or E4M3 (nvfp4) bytes [rows, ceil(cols / block)].
+    /// E8M0 (mx) or E4M3 (nvfp4) bytes [rows, blocks of a row], a tile's in each of its rows; empty in fp8.
     pub block_scales: Vec<u8>,
-    /// G; 1 where the format has no tensor scale, and with `TensorScale::Row`.
+    /// G; 1 where the format has none, and with `TensorScale::Row`.
     pub tensor_encode_scale: f32,
     /// G of every row with `TensorScale::Row` in nvfp4, else empty.
     pub row_encode_scales: Vec<f32>,
+    /// s of every row in fp8 (all the same in fp8:tensor with one A), else empty. NaN for a row that became NaN.
+    pub fp8_scales: Vec<f32>,
     /// Blocks that held NaN or infinity.
     pub nonfinite_blocks: usize,
-    /// Elements whose scaled magnitude exceeded 6 before clamping.
+    /// Elements whose scaled magnitude exceeded the element's maximum before clamping.
     pub saturated: usize,
 }
 
-/// Quantizes x [rows, cols] with one tensor amax.
+/// Quantizes x [rows, cols] with one tensor amax, for formats that draw nothing.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, and where the format rounds stochastically.
 pub fn fake_quant(x: &[f32], rows: usize, cols: usize, format: Format) -> Quantized {
     fake_quant_scaled(x, rows, cols, format, TensorScale::Tensor)
 }
 
-/// Quantizes x [rows, cols] with the given source of the tensor amax.
+/// Quantizes x [rows, cols] with the given source of the tensor amax, for formats that draw nothing.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, where the format rounds stochastically, and for row scales of 2-D tiles.
 pub fn fake_quant_scaled(x: &[f32], rows: usize, cols: usize, format: Format, scale: TensorScale) -> Quantized {
+    quantize(x, rows, cols, format, scale, None)
+}
+
+/// Quantizes x [rows, cols]; `draw` is what a stochastic rounding draws from, ignored by the others.
+///
+/// # Panics
+/// Where `x.len() != rows * cols`, where a stochastic rounding has no draw or a key for every row, and for row scales of
+/// 2-D tiles.
+pub fn quantize(
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    draw: Option<&RoundingDraw>,
+) -> Quantized {
     assert_eq!(x.len(), rows * cols, "x holds [rows, cols]");
+    let row_scales = format.has_tensor_scale() && scale == TensorScale::Row;
+    assert!(!(row_scales && format.two_d), "a tile has one tensor scale");
+    let draw = draw.filter(|_| format.rounding.is_stochastic());
+    assert!(draw.is_some() || !format.rounding.is_stochastic(), "{format} needs a draw");
+    let nvfp4 = matches!(format.family, Family::Nvfp4 { .. });
+    let mut tensor = match scale {
+        TensorScale::Tensor => tensor_scale(format, finite_amax(x, cols, format)),
+        TensorScale::Amax(amax) => tensor_scale(format, amax),
+        TensorScale::Row => 1.0,
+    };
     let mut result = Quantized {
-        dequantized: Vec::with_capacity(x.len()),
-        codes: Vec::with_capacity(x.len()),
-        block_scales: Vec::with_capacity(rows * format.blocks_per_row(cols)),
-        tensor_encode_scale: 1.0,
+        dequantized: vec![0.0; x.len()],
+        codes: vec![0; x.len()],
+        block_scales: vec![0; if nonfinite_byte(format).is_some() { rows * format.blocks_per_row(cols) } else { 0 }],
+        tensor_encode_scale: if nvfp4 { tensor } else { 1.0 },
         row_encode_scales: Vec::new(),
+        fp8_scales: Vec::new(),
         nonfinite_blocks: 0,
         saturated: 0,
     };
-    if format == Format::Nvfp4 {
-        match scale {
-            TensorScale::Tensor => result.tensor_encode_scale = tensor_encode_scale(finite_amax(x, cols, format)),
-            TensorScale::Amax(amax) => result.tensor_encode_scale = tensor_encode_scale(amax),
-            TensorScale::Row => {}
+    for first_row in (0..rows).step_by(format.block_rows()) {
+        if row_scales {
+            tensor = tensor_scale(format, finite_amax(&x[first_row * cols..][..cols], cols, format));
+            if nvfp4 {
+                result.row_encode_scales.push(tensor);
+            }
         }
-    }
-    for row in x.chunks(cols.max(1)) {
-        let mut encode_scale = result.tensor_encode_scale;
-        if format == Format::Nvfp4 && scale == TensorScale::Row {
-            encode_scale = tensor_encode_scale(finite_amax(row, cols, format));
-            result.row_encode_scales.push(encode_scale);
-        }
-        for block in row.chunks(format.block_size()) {
-            quantize_block(block, format, encode_scale, &mut result);
+        for block in blocks(first_row, rows, cols, format) {
+            quantize_block(x, cols, &block, format, tensor, draw, &mut result);
         }
     }
     result
@@ -87,80 +112,110 @@ pub fn fake_quant_scaled(x: &[f32], rows: usize, cols: usize, format: Format, sc
 
 /// The largest magnitude of x [rows, cols] over blocks that hold neither NaN nor infinity; 0 if there is none.
 pub fn finite_amax(x: &[f32], cols: usize, format: Format) -> f32 {
-    let blocks = x.chunks(cols.max(1)).flat_map(|row| row.chunks(format.block_size()));
-    blocks.filter(|block| block.iter().all(|v| v.is_finite())).map(amax).fold(0.0, f32::max)
+    let rows = x.len() / cols.max(1);
+    let blocks = (0..rows).step_by(format.block_rows()).flat_map(|row| blocks(row, rows, cols, format));
+    blocks.filter_map(|block| amax(block.indices(cols).map(|i| x[i]))).fold(0.0, f32::max)
 }
 
-/// G = 2688 / A, 2688 = 6 * 448: the multiplier that maps the tensor's amax to the largest block scale times the
-/// largest code. Capped at the largest f32; 1 if A = 0.
-pub fn tensor_encode_scale(amax: f32) -> f32 {
-    if amax == 0.0 { 1.0 } else { (2688.0 / amax).min(f32::MAX) }
+/// Rows and columns that share a block scale.
+struct Block {
+    rows: std::ops::Range<usize>,
+    cols: std::ops::Range<usize>,
+    /// Position among the blocks of a row.
+    index: usize,
 }
 
-/// The E4M3 byte of an nvfp4 block's scale S, from its amax b and G.
-pub fn nvfp4_block_scale(block_amax: f32, encode_scale: f32) -> u8 {
-    e4m3::encode((block_amax * (encode_scale * (1.0 / 6.0))).min(e4m3::MAX))
-}
-
-/// The exponent k of an mxfp4 block's scale 2^k, from the bits of its amax. Zero and subnormal give -127.
-pub fn mx_exponent(block_amax: f32, rule: MxScaleRule) -> i32 {
-    let bits = block_amax.to_bits();
-    let (biased, mantissa) = ((bits >> 23) as i32, bits & 0x7F_FFFF);
-    if biased == 0 {
-        return -127;
+impl Block {
+    /// Positions of its elements in the matrix, row by row.
+    fn indices(&self, cols: usize) -> impl Iterator<Item = usize> {
+        let columns = self.cols.clone();
+        self.rows.clone().flat_map(move |row| columns.clone().map(move |col| row * cols + col))
     }
-    let up = match rule {
-        MxScaleRule::Floor => false,
-        MxScaleRule::Even => mantissa >= 0x60_0000, // m >= 1.75
-        MxScaleRule::Rceil => mantissa > 0x40_0000, // m > 1.5
-    };
-    (biased - 127 - 2 + up as i32).clamp(-127, 127)
 }
 
-fn quantize_block(block: &[f32], format: Format, encode_scale: f32, result: &mut Quantized) {
-    if !block.iter().all(|v| v.is_finite()) {
-        result.nonfinite_blocks += 1;
-        result.block_scales.push(if matches!(format, Format::Mxfp4 { .. }) { e8m0::NAN } else { e4m3::NAN });
-        result.codes.extend(block.iter().map(|_| e2m1::encode(f32::NAN)));
-        result.dequantized.extend(block.iter().map(|_| f32::NAN));
-        return;
-    }
-    match format {
-        Format::Mxfp4 { rule } => {
-            let k = mx_exponent(amax(block), rule);
-            result.block_scales.push(e8m0::encode(k));
-            emit(block, |x| x * e8m0::exp2(-k), e2m1::encode, e8m0::exp2(k), result);
+/// The blocks that begin in `first_row`, left to right.
+fn blocks(first_row: usize, rows: usize, cols: usize, format: Format) -> impl Iterator<Item = Block> {
+    let size = format.block_size(cols);
+    let last_row = (first_row + format.block_rows()).min(rows);
+    (0..format.blocks_per_row(cols)).map(move |index| Block {
+        rows: first_row..last_row,
+        cols: index * size..((index + 1) * size).min(cols),
+        index,
+    })
+}
+
+fn quantize_block(
+    x: &[f32],
+    cols: usize,
+    block: &Block,
+    format: Format,
+    tensor: f32,
+    draw: Option<&RoundingDraw>,
+    result: &mut Quantized,
+) {
+    let values: Vec<f32> = block.indices(cols).map(|i| x[i]).collect();
+    let scale = if let Some(b) = amax(values.iter().copied()) {
+        let uniforms: Vec<f32> = match draw {
+            Some(draw) => block.indices(cols).map(|i| draw.uniform(format.rounding, i / cols, i % cols)).collect(),
+            None => vec![0.0; values.len()],
+        };
+        let scale = chosen_scale(&values, b, format, tensor);
+        for ((i, &x), &u) in block.indices(cols).zip(&values).zip(&uniforms) {
+            let scaled = scale.encode.apply(x);
+            result.saturated += (scaled.abs() > format.element_max()) as usize;
+            result.codes[i] = format.encode_element(scaled, u);
+            result.dequantized[i] = format.decode_element(result.codes[i]) * scale.decode;
         }
-        Format::Nvfp4 => {
-            let byte = nvfp4_block_scale(amax(block), encode_scale);
-            result.block_scales.push(byte);
-            let decode = e4m3::decode(byte) * (1.0 / encode_scale);
-            let encode = (1.0 / decode).min(f32::MAX);
-            if e4m3::decode(byte) == 0.0 {
-                // Code 0 for every element; the sign stays, so that -0 is kept.
-                emit(block, |x| x * 0.0, e2m1::encode, decode, result);
+        scale
+    } else {
+        result.nonfinite_blocks += 1;
+        let code = if format.has_e4m3_elements() { e4m3::NAN } else { e2m1::encode(f32::NAN) };
+        for i in block.indices(cols) {
+            result.codes[i] = code;
+            result.dequantized[i] = f32::NAN;
+        }
+        BlockScale { byte: nonfinite_byte(format), decode: f32::NAN, ..block_scales(format, 0.0, tensor).0 }
+    };
+    for row in block.rows.clone() {
+        match scale.byte {
+            Some(byte) => result.block_scales[row * format.blocks_per_row(cols) + block.index] = byte,
+            None => result.fp8_scales.push(scale.decode),
+        }
+    }
+}
+
+/// The block's scale; in 4over6 the one of smaller squared error, on a tie the one that maps b to 6.
+fn chosen_scale(values: &[f32], b: f32, format: Format, tensor: f32) -> BlockScale {
+    match block_scales(format, b, tensor) {
+        (scale, None) => scale,
+        (six, Some(four)) => {
+            if squared_error(values, format, &four) < squared_error(values, format, &six) {
+                four
             } else {
-                emit(block, |x| x * encode, e2m1::encode, decode, result);
+                six
             }
         }
-        Format::Nvfp4SingleLevel => {
-            let (byte, scale) = original::single_level_scale(amax(block));
-            result.block_scales.push(byte);
-            emit(block, |x| x / scale, original::encode_ties_toward_zero, scale, result);
+    }
+}
+
+/// Sum of (y - x)^2 over a block of at most 16, the difference in f32, the rest in f64 (so that no scale of the data
+/// overflows or vanishes). Summed in halves, i with i + 8, then with i + 4, 2, 1, as vectors and warps do.
+fn squared_error(values: &[f32], format: Format, scale: &BlockScale) -> f64 {
+    let mut squares = [0.0; 16];
+    for (square, &x) in squares.iter_mut().zip(values) {
+        let code = format.encode_element(scale.encode.apply(x), 0.0);
+        let error = (format.decode_element(code) * scale.decode - x) as f64;
+        *square = error * error;
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            squares[i] += squares[i + half];
         }
     }
+    squares[0]
 }
 
-/// Codes and values of a finite block: code = round(scaled(x)), y = value(code) * decode.
-fn emit(block: &[f32], scaled: impl Fn(f32) -> f32, round: fn(f32) -> u8, decode: f32, result: &mut Quantized) {
-    for &x in block {
-        let code = round(scaled(x));
-        result.saturated += (scaled(x).abs() > e2m1::MAX) as usize;
-        result.codes.push(code);
-        result.dequantized.push(e2m1::decode(code) * decode);
-    }
-}
-
-fn amax(block: &[f32]) -> f32 {
-    block.iter().fold(0.0, |a, v| a.max(v.abs()))
+/// The largest magnitude; None where NaN or infinity is among the values.
+fn amax(mut values: impl Iterator<Item = f32>) -> Option<f32> {
+    values.try_fold(0.0, |a: f32, v| v.is_finite().then(|| a.max(v.abs())))
 }

@@ -27,6 +27,23 @@ pub fn encode(x: f32) -> u8 {
     (x.is_sign_negative() as u8) << 3 | index
 }
 
+/// The code of `x` rounded stochastically by `u` in [0, 1): the largest magnitude not above |x| + u * step, step the
+/// distance of |x|'s neighbours. NaN gives +6, as in `encode`.
+pub fn encode_stochastic(x: f32, u: f32) -> u8 {
+    if x.is_nan() {
+        return 7;
+    }
+    let a = x.abs().min(MAX);
+    let step = match a {
+        a if a < 2.0 => 0.5,
+        a if a < 4.0 => 1.0,
+        _ => 2.0,
+    };
+    let target = a + u * step;
+    let index = MAGNITUDES.iter().filter(|magnitude| **magnitude <= target).count() as u8 - 1;
+    (x.is_sign_negative() as u8) << 3 | index
+}
+
 /// The value of a code (its low four bits).
 pub fn decode(code: u8) -> f32 {
     let magnitude = MAGNITUDES[(code & 7) as usize];

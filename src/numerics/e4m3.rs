@@ -1,5 +1,5 @@
-//! E4M3 (the "fn" variant: no infinity, one NaN per sign), the block scale of NVFP4: bias 7, 3 mantissa bits,
-//! maximum 448, subnormals down to 2^-9 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
+//! E4M3 (the "fn" variant: no infinity, one NaN per sign), the block scale of NVFP4 and the element of MXFP8 and FP8:
+//! bias 7, 3 mantissa bits, maximum 448, subnormals down to 2^-9 (Micikevicius et al., "FP8 Formats for Deep Learning", 2022).
 
 /// Largest finite value.
 pub const MAX: f32 = 448.0;
@@ -25,6 +25,20 @@ pub fn encode(x: f32) -> u8 {
         ((exponent + 7) * 8 + eighths - 8) as u8
     };
     (x.is_sign_negative() as u8) << 7 | magnitude
+}
+
+/// The byte of `x` rounded stochastically by `u` in [0, 1): the largest magnitude not above |x| + u * step, step the
+/// distance of |x|'s neighbours, at most 448. NaN gives 0x7F.
+pub fn encode_stochastic(x: f32, u: f32) -> u8 {
+    if x.is_nan() {
+        return NAN;
+    }
+    let a = x.abs().min(MAX);
+    let exponent = |v: f32| ((v.to_bits() >> 23) as i32 - 127).max(-6);
+    let target = (a + u * exp2i(exponent(a) - 3)).min(MAX);
+    // Down to a multiple of the step at `target`, which may be the next binade's.
+    let step = exp2i(exponent(target) - 3);
+    (x.is_sign_negative() as u8) << 7 | encode((target / step).floor() * step)
 }
 
 /// The value of a byte.

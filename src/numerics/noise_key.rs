@@ -35,6 +35,10 @@ pub enum Phase {
 /// The step of every validation token: evaluations of different steps and arms are paired.
 pub const VALIDATION_STEP: u32 = 0xFFFF;
 
+/// `direction` of the two draws of purpose `StochasticRounding`, whose row keys may coincide.
+pub const ROUNDED_WEIGHT: u32 = 0;
+pub const ROUNDED_ACTIVATION: u32 = 1;
+
 /// The stream of a draw. Fails where `direction` exceeds 2 bits or `module_index` 22 bits.
 pub fn stream(purpose: Purpose, phase: Phase, direction: u32, module_index: u32) -> Result<u32> {
     let direction = field("direction", direction, 2)?;

@@ -1,35 +1,65 @@
 //! Fake quantization of a tensor: the values that `Format` can hold, in the input's dtype.
 //!
 //! Blocks lie along the last dimension. The definition is numerics::block_format; cpu/ and cuda/ equal it bit for bit.
-//! Shapes: x [rows, K] f32 or bf16, contiguous; the result has the same shape and dtype and no gradient: callers pass
-//! it straight through.
+//! Shapes: x [rows, K] f32, bf16 or (on the CPU) f16, contiguous; the result has the same shape and dtype and no
+//! gradient: callers pass it straight through.
 
+use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
+use super::cpu::fake_quant_general::{fake_quant_into, tensor_amax};
+use super::matmul_error::RowKeys;
 use super::{cpu, cuda};
-use crate::numerics::block_format::{TensorScale, finite_amax};
+use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::{Error, Result};
 
-/// `scale`: what nvfp4's tensor amax is taken over.
-pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale) -> Result<Tensor> {
+/// What stochastic rounding draws from: the keys of numerics::stochastic_rounding.
+#[derive(Clone)]
+pub struct StochasticDraw {
+    pub seed: u64,
+    pub stream: u32,
+    pub keys: RowKeys, // [rows]
+}
+
+/// `scale`: what the tensor amax of nvfp4 and fp8:tensor is taken over. `draw`: needed by `sr` and `sr8`, unused by the
+/// others.
+///
+/// # Errors
+/// `Runtime` for another dtype, a stochastic format without a draw (or with other than one key per row) and 2-D tiles
+/// with a tensor scale per row; `Unavailable` on CUDA for a format without a kernel.
+pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&StochasticDraw>) -> Result<Tensor> {
     let (rows, cols) = x.size2()?;
     if x.device() != Device::Cpu {
         return Ok(cuda::fake_quant::fake_quant_scaled(x, format, scale)?.dequantized);
     }
     let (rows, cols) = (rows as usize, cols as usize);
+    if format.two_d && format.has_tensor_scale() && scale == TensorScale::Row {
+        return Err(Error::Runtime(format!("fake_quant: {format} has one tensor scale, not one per row")));
+    }
+    let draw = draw.filter(|_| format.rounding.is_stochastic());
+    let keys = draw.map_or(0, |draw| draw.keys.len());
+    if format.rounding.is_stochastic() && keys != rows {
+        return Err(Error::Runtime(format!("fake_quant: {format}: {keys} row keys for {rows} rows")));
+    }
+    let draw = draw.map(|draw| RoundingDraw { seed: draw.seed, stream: draw.stream, row_keys: draw.keys.host() });
+    let draw = draw.as_ref();
     let mut out = x.f_empty_like()?;
     match x.kind() {
         Kind::Float => {
             let (x, out) = (cpu::tensor::f32_slice(x)?, cpu::tensor::f32_slice_mut(&mut out)?);
-            cpu::fake_quant::fake_quant_f32_into(x, rows, cols, format, scale, out);
+            fake_quant_into::<f32>(x, rows, cols, format, scale, draw, out);
         }
         Kind::BFloat16 => {
             let (x, out) = (cpu::tensor::bf16_slice(x)?, cpu::tensor::bf16_slice_mut(&mut out)?);
-            cpu::fake_quant::fake_quant_bf16_into(x, rows, cols, format, scale, out);
+            fake_quant_into::<bf16>(x, rows, cols, format, scale, draw, out);
         }
-        other => return Err(Error::Runtime(format!("fake_quant: dtype {other:?}, expected f32 or bf16"))),
+        Kind::Half => {
+            let (x, out) = (cpu::tensor::f16_slice(x)?, cpu::tensor::f16_slice_mut(&mut out)?);
+            fake_quant_into::<f16>(x, rows, cols, format, scale, draw, out);
+        }
+        other => return Err(Error::Runtime(format!("fake_quant: dtype {other:?}, expected f32, bf16 or f16"))),
     }
     Ok(out)
 }
@@ -45,7 +75,7 @@ pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
         // Rare, and then which blocks to leave out decides: the CPU's definition does it.
     }
     let host = x.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    Ok(finite_amax(cpu::tensor::f32_slice(&host)?, cols as usize, format))
+    Ok(tensor_amax(cpu::tensor::f32_slice(&host)?, cols as usize, format))
 }
 
 /// The sums behind the error metrics of `quantized` against `x`, saturation aside.

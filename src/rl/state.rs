@@ -69,7 +69,7 @@ pub fn restore(checkpoint: &Path, model: &mut Qwen2, optimizer: &mut AdamW) -> R
         }
         parameter.assign(&tensor_of(&view)?)?;
     }
-    model.invalidate();
+    model.set_update_number(state.update_number);
     let file = Checkpoint::open(&dir.join(OPTIMIZER))?;
     let names: Vec<String> = file.names().map(str::to_string).collect();
     let mut tensors = Vec::new();

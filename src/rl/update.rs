@@ -191,6 +191,7 @@ impl Updater<'_> {
     /// dW's error per update, clipping, AdamW, rounding into the compute weights. True when the update was skipped.
     fn step_optimizer(&mut self, metrics: &LossMetrics, summary: &mut UpdateSummary) -> Result<bool> {
         summary.lr = self.optimizer.next_lr();
+        self.model.set_update_number(*self.update_number + 1);
         if !metrics.is_finite() {
             self.optimizer.skip();
             return Ok(true);

@@ -82,7 +82,7 @@ const TABLE: [(&str, &[&str]); 49] = [
     ("reward: {kind: command}", &["reward.kind: `command` is known, but not available yet"]),
     ("model: {lora: {rank: 32}}", &["model", "duplicate"]),
     ("trainer: {stop_rules: [entropy]}", &["trainer.stop_rules: ", "not available yet"]),
-    ("fake_quant: {weights: mxfp8}", &["fake_quant.weights: ", "not available yet"]),
+    ("fake_quant: {weights: \"mxfp4:floor,sr\"}", &["fake_quant.weights: ", "expected rceil"]),
 ];
 
 #[test]

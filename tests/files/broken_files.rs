@@ -248,7 +248,7 @@ fn places_that_cannot_be_written_to() {
     assert!(run(&weights, &weights, "mxfp4").contains("already exists"));
     assert!(run(&weights, &occupied, "mxfp4").contains("already exists, expected the name of a new .safetensors file"));
     assert!(run(model.path(), &out.path().join("q"), "mxfp5").contains("mxfp5"));
-    assert!(run(model.path(), &out.path().join("q"), "mxfp8").contains("not available yet"));
+    assert!(run(model.path(), &out.path().join("q"), "mxfp8:2d").contains("mxfp8 has no option `2d`"));
     assert!(
         run(Path::new("no/such/model"), &out.path().join("q"), "mxfp4")
             .contains("no/such/model: no such file or directory")

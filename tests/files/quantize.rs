@@ -141,10 +141,10 @@ fn fused_siblings_share_one_tensor_amax() {
     for group in [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..], &["self_attn.o_proj"]] {
         let name = |part: &str| format!("model.layers.1.{part}.weight");
         let read = |part: &&str| before.tensor_f32(&name(part)).unwrap();
-        let amax = group.iter().map(|part| finite_amax(&read(part), 64, Format::Nvfp4)).fold(0.0, f32::max);
+        let amax = group.iter().map(|part| finite_amax(&read(part), 64, Format::NVFP4)).fold(0.0, f32::max);
         for part in group {
             let x = read(part);
-            let expected = fake_quant_scaled(&x, x.len() / 64, 64, Format::Nvfp4, TensorScale::Amax(amax));
+            let expected = fake_quant_scaled(&x, x.len() / 64, 64, Format::NVFP4, TensorScale::Amax(amax));
             assert_same(&after.tensor_f32(&name(part)).unwrap(), &expected.dequantized, part);
         }
     }

@@ -16,7 +16,7 @@ fn a_cpu_tensor_is_an_error_that_says_so() {
     let tokens = Tensor::zeros([2], (Kind::Int64, Device::Cpu));
     let sums = Tensor::zeros([4], (Kind::Double, Device::Cpu));
     let errors = [
-        cuda::fake_quant::fake_quant(&x, Format::Nvfp4).unwrap_err(),
+        cuda::fake_quant::fake_quant(&x, Format::NVFP4).unwrap_err(),
         cuda::perturb::perturb(&x, &tokens, 0.1, 0, 0).unwrap_err(),
         cuda::matmul_error::matmul_error(&x, &tokens, ErrorLaw::default(), 0.1, 0, 0, None, Kind::Float, &sums)
             .unwrap_err(),

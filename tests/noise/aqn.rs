@@ -130,7 +130,9 @@ fn linears_are_noised_after_quantization() {
                 let format = injector.module(index).weight_format;
                 assert_eq!(format.is_some(), quantized);
                 let base = match format {
-                    Some(format) => floats(&fake_quant(linear.weight.value(), format, TensorScale::Tensor).unwrap()),
+                    Some(format) => {
+                        floats(&fake_quant(linear.weight.value(), format, TensorScale::Tensor, None).unwrap())
+                    }
                     None => floats(linear.weight.value()),
                 };
                 let identity = Tensor::eye(columns, (Kind::Float, tch::Device::Cpu));

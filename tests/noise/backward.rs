@@ -205,7 +205,7 @@ fn the_head_draws_once_for_all_chunks() {
 fn the_straight_through_gradient_of_a_quantized_weight() {
     let layer = Layer::new();
     let quantized =
-        fake_quant(&layer.master.detach(), "mxfp4".parse::<Format>().unwrap(), TensorScale::Tensor).unwrap();
+        fake_quant(&layer.master.detach(), "mxfp4".parse::<Format>().unwrap(), TensorScale::Tensor, None).unwrap();
     assert!(largest_difference(&floats(&quantized), &floats(&layer.master)) > 1e-2);
     let _ = layer.run(&quantized, &NoisyLinearCall::clean(token_keys(), true));
     let (x, q, dy) = (floats(&layer.x), floats(&quantized), floats(&layer.dy));
@@ -253,9 +253,9 @@ fn the_whole_model_is_straight_through() {
         let weights: Vec<(String, Tensor)> = planned
             .map(|(_, module)| {
                 let Module::Linear(_, weight) = module else { panic!("a linear") };
-                let amax = fused_amax(&rounded, &weight.name).filter(|_| format == Format::Nvfp4);
+                let amax = fused_amax(&rounded, &weight.name).filter(|_| format == Format::NVFP4);
                 let scale = amax.map_or(TensorScale::Tensor, TensorScale::Amax);
-                (weight.name.clone(), fake_quant(weight.value(), format, scale).unwrap())
+                (weight.name.clone(), fake_quant(weight.value(), format, scale, None).unwrap())
             })
             .collect();
         assert_eq!(weights.len(), 14, "every linear but the head");

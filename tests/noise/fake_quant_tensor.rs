@@ -16,11 +16,11 @@ fn f32_and_bf16_tensors_equal_the_definition() {
     let values16: Vec<f32> = bf16_slice(&x16).unwrap().iter().map(|v| v.to_f32()).collect();
     for format in ["mxfp4", "mxfp4:even", "mxfp4:rceil", "nvfp4", "nvfp4_single_level"] {
         let format: Format = format.parse().unwrap();
-        let y = fake_quant(&x, format, TensorScale::Tensor).unwrap();
+        let y = fake_quant(&x, format, TensorScale::Tensor, None).unwrap();
         let expected = block_format::fake_quant(&values, rows, cols, format).dequantized;
         assert_eq!(f32_slice(&y).unwrap(), expected, "{format} f32");
 
-        let y = fake_quant(&x16, format, TensorScale::Tensor).unwrap();
+        let y = fake_quant(&x16, format, TensorScale::Tensor, None).unwrap();
         assert_eq!(y.kind(), Kind::BFloat16);
         let expected = block_format::fake_quant(&values16, rows, cols, format).dequantized;
         let expected: Vec<bf16> = expected.into_iter().map(bf16::from_f32).collect();

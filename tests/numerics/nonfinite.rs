@@ -8,7 +8,7 @@ use temper::numerics::tensor_error::TensorErrorSums;
 fn a_block_with_nan_or_infinity_becomes_nan() {
     for (format, byte) in [("mxfp4", 255), ("nvfp4", 0x7F), ("nvfp4_single_level", 0x7F)] {
         let format: Format = format.parse().unwrap();
-        let size = format.block_size();
+        let size = format.block_size(0);
         for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut x = vec![1.0f32; 3 * size];
             x[size + 3] = poison;
@@ -20,7 +20,7 @@ fn a_block_with_nan_or_infinity_becomes_nan() {
                 q.dequantized.iter().enumerate().partition(|(i, _)| i / size != 1);
             assert!(poisoned.iter().all(|(_, v)| v.is_nan()));
             assert!(clean.iter().all(|(_, v)| (**v - 1.0).abs() < 0.1), "{clean:?}");
-            if format == Format::Nvfp4 {
+            if format == Format::NVFP4 {
                 assert_eq!(q.tensor_encode_scale, 2688.0);
             }
             let sums = TensorErrorSums::of(&x, &q.dequantized, 0);
@@ -49,7 +49,7 @@ fn an_nvfp4_block_far_below_the_tensor_amax_has_scale_and_codes_zero() {
     let mut x = [1e-9f32; 32];
     x[..16].fill(1.0);
     x[17] = -1e-9;
-    let q = fake_quant(&x, 1, 32, Format::Nvfp4);
+    let q = fake_quant(&x, 1, 32, Format::NVFP4);
     assert_eq!(q.block_scales[1], 0);
     assert!(q.codes[16..].iter().all(|c| c & 7 == 0));
     assert!(q.dequantized[16..].iter().all(|v| *v == 0.0));

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 use super::*;
 use crate::inject::section::{LayerSet, LayerSigmaConfig};
-use crate::numerics::format::{Format, MxScaleRule};
+use crate::numerics::format::Format;
 
 fn qwen() -> Vec<ModuleSpec> {
     qwen2_modules(28, 1536, 8960, 12, 2, 128, 151_936)
@@ -37,7 +37,7 @@ fn the_head_and_the_embedding_are_spared_by_default() {
         let injected = module.kind == ModuleKind::Linear && module.name != "lm_head";
         assert_eq!(module.aqn_multiplier, f64::from(injected), "{}", module.name);
         assert_eq!(module.matmul_error, if injected { 0.05 } else { 0.0 }, "{}", module.name);
-        assert_eq!(module.weight_format, injected.then_some(Format::Mxfp4 { rule: MxScaleRule::Floor }));
+        assert_eq!(module.weight_format, injected.then_some(Format::MXFP4));
     }
     let noise = NoisyOpsSection { exclude_modules: vec![], ..noise };
     let plan = resolve(&aqn, &noise, &quant).unwrap();
@@ -102,7 +102,7 @@ fn compat_ignores_multipliers_and_says_so() {
 #[test]
 fn fused_siblings_share_a_tensor_scale_only_where_there_is_one() {
     let off = (NoiseInjectionSection::default(), NoisyOpsSection::default());
-    let quant = FakeQuantSection { enabled: true, weights: Some(Format::Nvfp4), ..Default::default() };
+    let quant = FakeQuantSection { enabled: true, weights: Some(Format::NVFP4), ..Default::default() };
     let plan = resolve(&off.0, &off.1, &quant).unwrap();
     assert_eq!(plan.tensor_scale_siblings(3), [2, 3, 4]);
     assert_eq!(plan.tensor_scale_siblings(7), [7, 8]);

@@ -1,8 +1,7 @@
 //! Fake-quantizes the weights of a checkpoint: the same names, shapes and dtypes, other values.
 //!
 //! Quantized: every floating tensor of two or more dimensions, over its last one ([.., K] seen as [rows, K]),
-//! unless a component of its name is excluded. f32 and bf16 are quantized as they are, f16 through f32; values
-//! are rounded once to the stored dtype. q/k/v and gate/up of one layer share a tensor amax, as they do in
+//! unless a component of its name is excluded; values are rounded once to the stored dtype. q/k/v and gate/up of one layer share a tensor amax, as they do in
 //! training (numerics.md section 2, fused siblings); every other tensor has its own.
 
 use std::collections::BTreeMap;
@@ -12,10 +11,12 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use super::{Checkpoint, StoredDtype, TensorSpec, TensorView, is_readable_float};
-use crate::numerics::block_format::{TensorScale, finite_amax};
+use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
+use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
 use crate::numerics::tensor_error::{TensorError, TensorErrorSums};
-use crate::ops::cpu::fake_quant::{FakeQuantStats, fake_quant_bf16_into, fake_quant_f32_into};
+use crate::ops::cpu::fake_quant::FakeQuantStats;
+use crate::ops::cpu::fake_quant_general::{Storage, fake_quant_into, tensor_amax};
 use crate::{Result, bail_input};
 
 /// Names of modules that stay as they are unless a user says otherwise.
@@ -73,7 +74,7 @@ impl<'a> Quantizer<'a> {
             quantized.push(chosen && tensor.elements() > 0);
         }
         let mut quantizer = Quantizer { checkpoint, format, specs, quantized, shared_amax: BTreeMap::new() };
-        if format == Format::Nvfp4 {
+        if format.has_tensor_scale() {
             quantizer.find_shared_amax()?;
         }
         Ok(quantizer)
@@ -95,7 +96,7 @@ impl<'a> Quantizer<'a> {
             Some(&amax) => TensorScale::Amax(amax),
             None => TensorScale::Tensor,
         };
-        let (x, q, stats) = fake_quantized(&tensor, self.format, scale, bytes)?;
+        let (x, q, stats) = fake_quantized(&tensor, index as u32, self.format, scale, bytes)?;
         Ok(Some(QuantizedTensor {
             name: spec.name.clone(),
             format: self.format,
@@ -112,7 +113,7 @@ impl<'a> Quantizer<'a> {
                 continue;
             };
             let tensor = self.checkpoint.tensor(&spec.name)?;
-            let amax = finite_amax(&tensor.to_f32()?, last_dimension(&tensor), self.format);
+            let amax = tensor_amax(&tensor.to_f32()?, last_dimension(&tensor), self.format);
             let shared = self.shared_amax.entry(group).or_insert(0.0);
             *shared = shared.max(amax);
         }
@@ -143,29 +144,44 @@ pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
 /// x and q as f32; the bytes of q in the stored dtype go to `bytes`.
 fn fake_quantized(
     tensor: &TensorView,
+    index: u32,
     format: Format,
     scale: TensorScale,
     bytes: &mut Vec<u8>,
 ) -> Result<(Vec<f32>, Vec<f32>, FakeQuantStats)> {
     let cols = last_dimension(tensor);
     let rows = tensor.elements() / cols;
+    // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
+    let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
+    let keys: Vec<u64> =
+        if format.rounding.is_stochastic() { (0..rows as u32).map(|row| row_key(0, row)).collect() } else { vec![] };
+    let draw = RoundingDraw { seed: 0, stream, row_keys: &keys };
     let x = tensor.to_f32()?;
-    if tensor.dtype == StoredDtype::BF16 {
-        let stored: Vec<bf16> = x.iter().map(|&v| bf16::from_f32(v)).collect(); // exact: they were bf16
-        let mut out = vec![bf16::ZERO; x.len()];
-        let stats = fake_quant_bf16_into(&stored, rows, cols, format, scale, &mut out);
-        bytes.extend(out.iter().flat_map(|v| v.to_le_bytes()));
-        return Ok((x, out.iter().map(|v| v.to_f32()).collect(), stats));
-    }
-    let mut q = vec![0.0; x.len()];
-    let stats = fake_quant_f32_into(&x, rows, cols, format, scale, &mut q);
-    if tensor.dtype == StoredDtype::F16 {
-        q.iter_mut().for_each(|v| *v = f16::from_f32(*v).to_f32());
-        bytes.extend(q.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()));
-    } else {
-        bytes.extend(q.iter().flat_map(|v| v.to_le_bytes()));
-    }
+    let (q, stats) = match tensor.dtype {
+        StoredDtype::BF16 => stored_as::<bf16, 2>(&x, rows, cols, format, scale, &draw, bf16::to_le_bytes, bytes),
+        StoredDtype::F16 => stored_as::<f16, 2>(&x, rows, cols, format, scale, &draw, f16::to_le_bytes, bytes),
+        _ => stored_as::<f32, 4>(&x, rows, cols, format, scale, &draw, f32::to_le_bytes, bytes),
+    };
     Ok((x, q, stats))
+}
+
+/// q as f32, of x that came from dtype `T` (which narrows it back exactly).
+fn stored_as<T: Storage + Default, const BYTES: usize>(
+    x: &[f32],
+    rows: usize,
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    draw: &RoundingDraw,
+    to_bytes: fn(T) -> [u8; BYTES],
+    bytes: &mut Vec<u8>,
+) -> (Vec<f32>, FakeQuantStats) {
+    let (mut stored, mut out, mut q) = (vec![T::default(); x.len()], vec![T::default(); x.len()], vec![0.0; x.len()]);
+    T::narrow(x, &mut stored);
+    let stats = fake_quant_into(&stored, rows, cols, format, scale, Some(draw), &mut out);
+    bytes.extend(out.iter().flat_map(|&v| to_bytes(v)));
+    T::widen(&out, &mut q);
+    (q, stats)
 }
 
 fn error_sums(x: &[f32], q: &[f32], saturated: usize) -> TensorErrorSums {

@@ -10,7 +10,7 @@ use super::fake_quant_avx2;
 use super::fake_quant_portable::{self, padded, read};
 use super::normals::Path;
 use crate::numerics::block_format::{TensorScale, tensor_encode_scale};
-use crate::numerics::format::Format;
+use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -34,7 +34,7 @@ pub struct FakeQuantStats {
 /// y and what was met, for x [rows, cols] with one tensor amax.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, and where the format has no vector path.
 pub fn fake_quant_f32(x: &[f32], rows: usize, cols: usize, format: Format) -> (Vec<f32>, FakeQuantStats) {
     let mut out = vec![0.0; x.len()];
     let stats = fake_quant_f32_into(x, rows, cols, format, TensorScale::Tensor, &mut out);
@@ -44,7 +44,7 @@ pub fn fake_quant_f32(x: &[f32], rows: usize, cols: usize, format: Format) -> (V
 /// `fake_quant_f32` of bf16 values; y is rounded to bf16.
 ///
 /// # Panics
-/// Where `x.len() != rows * cols`.
+/// Where `x.len() != rows * cols`, and where the format has no vector path.
 pub fn fake_quant_bf16(x: &[bf16], rows: usize, cols: usize, format: Format) -> (Vec<bf16>, FakeQuantStats) {
     let mut out = vec![bf16::ZERO; x.len()];
     let stats = fake_quant_bf16_into(x, rows, cols, format, TensorScale::Tensor, &mut out);
@@ -54,7 +54,7 @@ pub fn fake_quant_bf16(x: &[bf16], rows: usize, cols: usize, format: Format) -> 
 /// Fills `out` [rows, cols].
 ///
 /// # Panics
-/// Where lengths disagree.
+/// Where lengths disagree, and where the format has no vector path.
 pub fn fake_quant_f32_into(
     x: &[f32],
     rows: usize,
@@ -82,7 +82,7 @@ pub fn fake_quant_f32_by(
 /// Fills `out` [rows, cols].
 ///
 /// # Panics
-/// Where lengths disagree.
+/// Where lengths disagree, and where the format has no vector path.
 pub fn fake_quant_bf16_into(
     x: &[bf16],
     rows: usize,
@@ -92,6 +92,25 @@ pub fn fake_quant_bf16_into(
     out: &mut [bf16],
 ) -> FakeQuantStats {
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
+}
+
+/// The formats with vector code of their own; fake_quant_general.rs has the choice.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Fast {
+    Mxfp4 { rule: MxScaleRule },
+    Nvfp4,
+    Nvfp4SingleLevel,
+}
+
+impl Fast {
+    pub(super) fn of(format: Format) -> Option<Fast> {
+        match (format.family, format.rounding, format.two_d) {
+            (Family::Mxfp4 { rule }, Rounding::NearestEven, false) => Some(Fast::Mxfp4 { rule }),
+            (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven, false) => Some(Fast::Nvfp4),
+            (Family::Nvfp4SingleLevel, ..) => Some(Fast::Nvfp4SingleLevel),
+            _ => None,
+        }
+    }
 }
 
 /// A storage dtype: read exactly into f32, rounded to nearest even on the way back.
@@ -145,13 +164,14 @@ fn fake_quant<T: Element>(
 ) -> FakeQuantStats {
     assert_eq!(x.len(), rows * cols, "x holds [rows, cols]");
     assert_eq!(out.len(), x.len(), "out holds [rows, cols]");
+    let Some(format) = Fast::of(format) else { panic!("{format} has no vector path") };
     let mut stats = FakeQuantStats { nonfinite_blocks: 0, saturated: 0, tensor_encode_scale: 1.0 };
     if x.is_empty() {
         return stats;
     }
     let chunk = (CHUNK_ELEMENTS / cols).max(1) * cols;
     let parallel = x.len() >= PARALLEL_ELEMENTS;
-    if format == Format::Nvfp4 && scale != TensorScale::Row {
+    if format == Fast::Nvfp4 && scale != TensorScale::Row {
         let amax_bits = match scale {
             TensorScale::Amax(amax) => amax.to_bits(),
             _ if parallel => x.par_chunks(chunk).map(|x| finite_amax_bits(path, x, cols)).max().unwrap_or(0),
@@ -210,7 +230,7 @@ fn quantize_rows<T: Element>(
     path: Path,
     x: &[T],
     cols: usize,
-    format: Format,
+    format: Fast,
     encode_scale: Option<f32>,
     out: &mut [T],
 ) -> Counts {
@@ -219,9 +239,9 @@ fn quantize_rows<T: Element>(
         // SAFETY: the CPU has AVX2, as just detected.
         unsafe {
             match format {
-                Format::Mxfp4 { rule } => return fake_quant_avx2::mxfp4_rows(x, cols, rule, out),
-                Format::Nvfp4 => return fake_quant_avx2::nvfp4_rows(x, cols, encode_scale, out),
-                Format::Nvfp4SingleLevel => return single_level_avx2(x, cols, out),
+                Fast::Mxfp4 { rule } => return fake_quant_avx2::mxfp4_rows(x, cols, rule, out),
+                Fast::Nvfp4 => return fake_quant_avx2::nvfp4_rows(x, cols, encode_scale, out),
+                Fast::Nvfp4SingleLevel => return single_level_avx2(x, cols, out),
             }
         }
     }
@@ -233,5 +253,5 @@ fn quantize_rows<T: Element>(
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 fn single_level_avx2<T: Element>(x: &[T], cols: usize, out: &mut [T]) -> Counts {
-    fake_quant_portable::quantize_rows(x, cols, Format::Nvfp4SingleLevel, None, out)
+    fake_quant_portable::quantize_rows(x, cols, Fast::Nvfp4SingleLevel, None, out)
 }

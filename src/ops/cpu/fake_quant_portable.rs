@@ -1,9 +1,9 @@
 //! The portable side of fake_quant.rs: the definition's arithmetic without codes, a block at a time.
 
-use super::fake_quant::{Counts, Element, INFINITY_BITS, finite_amax_bits};
+use super::fake_quant::{Counts, Element, Fast, INFINITY_BITS, finite_amax_bits};
 use super::normals::Path;
 use crate::numerics::block_format::{mx_exponent, tensor_encode_scale};
-use crate::numerics::format::{Format, MxScaleRule};
+use crate::numerics::format::MxScaleRule;
 use crate::numerics::{e4m3, e8m0, original};
 
 /// Whole rows. `encode_scale` None: nvfp4 with a G of every row's own.
@@ -11,20 +11,20 @@ use crate::numerics::{e4m3, e8m0, original};
 pub(super) fn quantize_rows<T: Element>(
     x: &[T],
     cols: usize,
-    format: Format,
+    format: Fast,
     encode_scale: Option<f32>,
     out: &mut [T],
 ) -> Counts {
     let mut counts = Counts::default();
     for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
         match format {
-            Format::Mxfp4 { rule } => {
+            Fast::Mxfp4 { rule } => {
                 quantize_row::<T, 32>(x, out, &mut counts, |x, amax| {
                     let (encode, decode) = block_scales_mxfp4(amax, rule);
                     round_scaled(x, encode, decode)
                 });
             }
-            Format::Nvfp4 => {
+            Fast::Nvfp4 => {
                 let row_amax = || f32::from_bits(finite_amax_bits(Path::Portable, x, cols));
                 let g = encode_scale.unwrap_or_else(|| tensor_encode_scale(row_amax()));
                 let inverse = 1.0 / g;
@@ -33,7 +33,7 @@ pub(super) fn quantize_rows<T: Element>(
                     round_scaled(x, encode, decode)
                 });
             }
-            Format::Nvfp4SingleLevel => {
+            Fast::Nvfp4SingleLevel => {
                 quantize_row::<T, 16>(x, out, &mut counts, |x, amax| {
                     let (_, scale) = original::single_level_scale(amax);
                     round_toward_zero_ties(x, scale)

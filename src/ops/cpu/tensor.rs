@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use half::bf16;
+use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
 use crate::{Error, Result};
@@ -45,4 +45,18 @@ pub fn bf16_slice_mut(tensor: &mut Tensor) -> Result<&mut [bf16]> {
     let len = check(tensor, Kind::BFloat16)?;
     // SAFETY: as f32_slice_mut and bf16_slice.
     Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<bf16>(), len) })
+}
+
+/// The elements of a contiguous f16 CPU tensor.
+pub fn f16_slice(tensor: &Tensor) -> Result<&[f16]> {
+    let len = check(tensor, Kind::Half)?;
+    // SAFETY: as f32_slice; half::f16 is a transparent u16, the layout of torch's Half.
+    Ok(unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast::<f16>(), len) })
+}
+
+/// The elements of a contiguous f16 CPU tensor, writable.
+pub fn f16_slice_mut(tensor: &mut Tensor) -> Result<&mut [f16]> {
+    let len = check(tensor, Kind::Half)?;
+    // SAFETY: as f32_slice_mut and f16_slice.
+    Ok(unsafe { std::slice::from_raw_parts_mut(tensor.data_ptr().cast::<f16>(), len) })
 }

@@ -4,9 +4,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::launch::{Arg, Needs, cuda_matrix, launch};
-use crate::Result;
 use crate::numerics::block_format::TensorScale;
-use crate::numerics::format::{Format, MxScaleRule};
+use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
+use crate::{Error, Result};
 
 /// A fake-quantized tensor and what was counted on the way.
 pub struct FakeQuant {
@@ -19,13 +19,15 @@ pub struct FakeQuant {
 /// y of x [rows, K] f32 or bf16, contiguous, with one tensor amax.
 ///
 /// # Errors
-/// `Runtime` where x is not such a tensor (device, dtype, shape, strides); `Unavailable` without kernels or driver.
+/// `Runtime` where x is not such a tensor (device, dtype, shape, strides); `Unavailable` without kernels or driver, and
+/// for a format that has no kernel.
 pub fn fake_quant(x: &Tensor, format: Format) -> Result<Tensor> {
     Ok(fake_quant_scaled(x, format, TensorScale::Tensor)?.dequantized)
 }
 
 /// [`fake_quant`] with a choice of what nvfp4's amax is taken over, and the counts.
 pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Result<FakeQuant> {
+    let kernel_format = kernel_format(format)?;
     let (device, rows, cols) = cuda_matrix("fake_quant: x", x)?;
     let kinds = [Kind::Float, Kind::BFloat16];
     let x_arg = Needs { name: "fake_quant: x", kinds: &kinds, shape: &[rows, cols], device }.check(x)?;
@@ -36,7 +38,7 @@ pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Resu
     if rows * cols == 0 {
         return Ok(FakeQuant { dequantized, counts });
     }
-    let block_size = format.block_size() as u32;
+    let block_size = format.block_size(cols as usize) as u32;
     // A warp has 32 lanes and a lane an element, also where a block is ragged.
     let threads = rows as u64 * format.blocks_per_row(cols as usize) as u64 * u64::from(block_size);
     let (amax, amax_stride) = match scale {
@@ -46,7 +48,7 @@ pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Resu
     };
     let shape = [Arg::U64(rows as u64), Arg::U64(cols as u64)];
     let amax_arg = Arg::Pointer(amax.data_ptr());
-    if format == Format::Nvfp4 && !matches!(scale, TensorScale::Amax(_)) {
+    if format.has_tensor_scale() && !matches!(scale, TensorScale::Amax(_)) {
         let kernel = if bf16 { "amax_bf16" } else { "amax_f32" };
         let args = [x_arg, amax_arg, shape[0], shape[1], Arg::U32(block_size), Arg::U32(amax_stride)];
         // SAFETY: x is [rows, cols] contiguous on `device` (checked), amax [1] with stride 0 or [rows] with stride 1.
@@ -56,7 +58,7 @@ pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Resu
     let out =
         Needs { name: "fake_quant: out", kinds: &[x.kind()], shape: &[rows, cols], device }.check(&dequantized)?;
     let counts_arg = Arg::Pointer(counts.data_ptr());
-    let format_arg = Arg::U32(kernel_format(format));
+    let format_arg = Arg::U32(kernel_format);
     let args = [x_arg, out, amax_arg, counts_arg, shape[0], shape[1], format_arg, Arg::U32(amax_stride)];
     // SAFETY: as above; out has the shape and dtype of x, counts two 64-bit words.
     unsafe { launch("fake_quant", kernel, device, threads, &args) }?;
@@ -64,12 +66,13 @@ pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Resu
 }
 
 /// The format's number in kernels/include/block_scale.cuh.
-fn kernel_format(format: Format) -> u32 {
-    match format {
-        Format::Mxfp4 { rule: MxScaleRule::Floor } => 0,
-        Format::Mxfp4 { rule: MxScaleRule::Even } => 1,
-        Format::Mxfp4 { rule: MxScaleRule::Rceil } => 2,
-        Format::Nvfp4 => 3,
-        Format::Nvfp4SingleLevel => 4,
+fn kernel_format(format: Format) -> Result<u32> {
+    match (format.family, format.rounding, format.two_d) {
+        (Family::Mxfp4 { rule: MxScaleRule::Floor }, Rounding::NearestEven, false) => Ok(0),
+        (Family::Mxfp4 { rule: MxScaleRule::Even }, Rounding::NearestEven, false) => Ok(1),
+        (Family::Mxfp4 { rule: MxScaleRule::Rceil }, Rounding::NearestEven, false) => Ok(2),
+        (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven, false) => Ok(3),
+        (Family::Nvfp4SingleLevel, ..) => Ok(4),
+        _ => Err(Error::Unavailable(format!("format {format} has no CUDA kernel yet; --device cpu has it"))),
     }
 }
