@@ -55,7 +55,7 @@ fn noisy_call(number: u32) -> NoisyLinearCall {
 }
 
 /// The definition, element by element: y [rows, cols] clean.
-fn with_error(y: &[f32], cols: usize, draw: &ErrorDraw, keys: &RowKeys) -> Vec<f32> {
+pub fn with_error(y: &[f32], cols: usize, draw: &ErrorDraw, keys: &RowKeys) -> Vec<f32> {
     let element = |(i, y): (usize, &f32)| {
         let z = normal(draw.seed, draw.stream, keys.host()[i / cols], (i % cols) as u32);
         y.abs().mul_add(draw.scale * z, *y)
@@ -105,7 +105,7 @@ impl Layer {
     }
 }
 
-fn assert_close(got: &[f32], want: &[f32], what: &str) {
+pub fn assert_close(got: &[f32], want: &[f32], what: &str) {
     let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
     let difference = largest_difference(got, want);
     assert!(difference <= 2e-6 * scale, "{what}: {difference} of {scale}");
