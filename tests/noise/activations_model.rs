@@ -120,10 +120,10 @@ impl<'a> Reference<'a> {
                 false,
             );
             let mixed = mixed.squeeze_dim(0).transpose(0, 1).reshape([tokens, heads * dim]);
-            x = x + linear("self_attn.o_proj", &mixed);
+            x = x.g_add(&linear("self_attn.o_proj", &mixed));
             let normed = self.norm(&name("post_attention_layernorm"), &x);
             let gated = linear("mlp.gate_proj", &normed).silu() * linear("mlp.up_proj", &normed);
-            x = x + linear("mlp.down_proj", &gated);
+            x = x.g_add(&linear("mlp.down_proj", &gated));
         }
         let first = sequence.prompt_len as i64 - 1;
         let predicting: Vec<usize> = (first as usize..tokens as usize).collect();

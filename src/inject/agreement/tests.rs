@@ -186,7 +186,8 @@ fn activations_that_were_not_quantized_as_planned_disagree() {
     let plan = InjectionPlan::resolve(&off.0, &off.1, &quant, &modules, 0).unwrap();
     let good = TensorErrorSums { x_sq: 1000.0, error_sq: 10.0, elements: 640, ..Default::default() };
     // One step in which `change` may alter what the input of (module, phase) got; None leaves it out.
-    let step = |change: &dyn Fn(&str, InjectPhase) -> Option<(Format, ActivationScale, TensorErrorSums)>| {
+    type Got = Option<(Format, ActivationScale, TensorErrorSums)>;
+    let step = |change: &dyn Fn(&str, InjectPhase) -> Got| {
         let mut measured = Measured::new(&plan);
         for module in plan.modules.iter().filter(|m| m.kind == ModuleKind::Linear && m.name != "lm_head") {
             for phase in [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward] {
