@@ -26,7 +26,7 @@ pub struct Args {
     /// What to write: a directory for a model, a .safetensors file for a file; must not exist yet
     #[arg(value_name = "OUT")]
     output: PathBuf,
-    /// Block format, such as mxfp4, mxfp4:even, nvfp4
+    /// Block format, such as mxfp4, mxfp4:even, nvfp4, nvfp4:sr, fp8
     #[arg(long, short)]
     format: String,
     /// Packed codes and scales in the compressed-tensors layout

@@ -12,5 +12,6 @@ mod fake_quant_tensor;
 mod mutation;
 mod nonfinite;
 mod shared_draws;
+mod stochastic_weights;
 mod support;
 mod weight_gradient;

@@ -1,38 +1,12 @@
 //! The format grammar and the noise keys' fields.
 
+use crate::support::FORMATS;
 use temper::numerics::format::Format;
 use temper::numerics::noise_key::{Phase, Purpose, row_key, stream, token_key};
 
 #[test]
 fn formats_round_trip() {
-    let canonical = [
-        "mxfp4",
-        "mxfp4:even",
-        "mxfp4:rceil",
-        "mxfp4:sr",
-        "mxfp4:sr8",
-        "mxfp4:half_away",
-        "mxfp4:even,half_away",
-        "mxfp4:2d",
-        "mxfp4:even,2d",
-        "mxfp4:sr,2d",
-        "mxfp4:rceil,half_away,2d",
-        "mxfp8",
-        "mxfp8:even",
-        "mxfp8:rceil",
-        "mxfp8:sr",
-        "mxfp8:sr8",
-        "nvfp4",
-        "nvfp4:4over6",
-        "nvfp4:sr",
-        "nvfp4:sr8",
-        "nvfp4:2d",
-        "nvfp4:sr,2d",
-        "fp8",
-        "fp8:tensor",
-        "nvfp4_single_level",
-    ];
-    for text in canonical {
+    for text in FORMATS {
         let format: Format = text.parse().unwrap();
         assert_eq!(format.to_string(), text);
         let json = serde_json::to_string(&format).unwrap();

@@ -49,7 +49,8 @@ pub struct Quantizer<'a> {
 
 impl<'a> Quantizer<'a> {
     /// # Errors
-    /// A tensor to be quantized that is stored in a dtype other than F32, BF16 and F16.
+    /// A tensor to be quantized that is stored in a dtype other than F32, BF16 and F16, or (2-D tiles) whose matrices are
+    /// no whole tiles high where there are several.
     pub fn new(checkpoint: &'a Checkpoint, format: Format, excluded: &[&str]) -> Result<Quantizer<'a>> {
         let mut names: Vec<&str> = checkpoint.names().collect();
         names.sort_by_key(|name| natural_key(name));
@@ -64,6 +65,15 @@ impl<'a> Quantizer<'a> {
                     "{}: tensor {name}: found dtype {}, expected F32, BF16 or F16",
                     checkpoint.file_of(name).display(),
                     tensor.dtype
+                );
+            }
+            let (size, leading) = (format.block_rows(), &tensor.shape[..tensor.shape.len().saturating_sub(1)]);
+            if chosen && leading.len() > 1 && leading.last().is_some_and(|rows| rows % size != 0) {
+                bail_input!(
+                    "{}: tensor {name}: found {:?}, expected a multiple of {size} rows: a tile of {format} would reach \
+                     into the next matrix",
+                    checkpoint.file_of(name).display(),
+                    tensor.shape
                 );
             }
             specs.push(TensorSpec::new(name, tensor.dtype, tensor.shape));
