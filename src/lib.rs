@@ -4,6 +4,7 @@
 //! (tests/tidy.rs holds this).
 
 pub mod analysis;
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod data;

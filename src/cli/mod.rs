@@ -2,6 +2,7 @@
 // Through `print`: println! panics where stdout cannot be written.
 #![deny(clippy::print_stdout)]
 
+pub mod bench;
 mod common;
 pub mod doctor;
 pub mod eval;
@@ -65,6 +66,8 @@ enum Command {
     Quantize(quantize::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
+    /// Times of the operations beside baselines taken in the same run
+    Bench(bench::Args),
     /// What this machine has, and what to do about what is missing
     Doctor(doctor::Args),
 }
@@ -90,7 +93,7 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(usage) => return usage_error(&usage),
     };
-    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_)) {
+    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_) | Command::Bench(_)) {
         let_idle_threads_sleep();
     }
     // A panic is a bug; its user still gets one line.
@@ -118,6 +121,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
+        Command::Bench(args) => bench::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
     }
 }

@@ -86,7 +86,7 @@ fn bulk_paths_equal_the_definition() {
         let (seed, stream, token) = (random.next(), random.next() as u32, random.next());
         let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
         let expected: Vec<f32> = (0..length as u32).map(|c| normal(seed, stream, token, c)).collect();
-        for path in [Path::Avx2, Path::Portable] {
+        for path in Path::ALL {
             let mut out = vec![f32::NAN; length];
             normals_into_by(path, seed, stream, token, &mut out);
             assert_eq!(bits(&out), bits(&expected), "{path:?} {length}");

@@ -76,7 +76,7 @@ fn check_apply(case: &Case, rows: usize, cols: usize, law: ErrorLaw, with_bias: 
             });
         }
     }
-    for path in [Path::Avx2, Path::Portable] {
+    for path in Path::ALL {
         let (mut out, tokens) = (case.y.clone(), &case.tokens);
         let (seed, stream) = (case.seed, case.stream);
         let sums = apply_f32_by(path, law, SCALE, seed, stream, tokens, &mut out, cols, bias);

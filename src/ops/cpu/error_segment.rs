@@ -90,7 +90,7 @@ impl Lanes {
 
 fn segment_for<T: Output, const LAW: u8, const BIAS: bool>(path: Path) -> Segment<T> {
     #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
+    if path.or_below() >= Path::Avx2 {
         // SAFETY: the CPU has AVX2 and FMA, as just detected.
         return |scale, clean, z, bias, out, lanes| unsafe {
             segment_avx2::<T, LAW, BIAS>(scale, clean, z, bias, out, lanes)

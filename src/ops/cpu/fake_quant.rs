@@ -1,14 +1,11 @@
 //! Fake quantization on the CPU, bitwise equal to `numerics::block_format::fake_quant_scaled`: x [rows, cols] -> y.
 //!
-//! Codes are not stored: |x| * E is rounded on the E2M1 grid by adding and subtracting 1.5 * 2^23 steps, the step
-//! (.5, 1 or 2) chosen by magnitude, which rounds ties to even multiples of the step as the codes do. Rows
-//! run in parallel; fake_quant_portable.rs and fake_quant_avx2.rs hold the work on a row.
-#![allow(unsafe_code)]
-
-#[cfg(target_arch = "x86_64")]
-use super::fake_quant_avx2;
-use super::fake_quant_portable::{self, padded, read};
-use super::normals::Path;
+//! Codes are not stored. Rows run in parallel; mxfp4.rs, nvfp4.rs and fake_quant_portable.rs hold the work on
+//! rows.
+use super::element::{Element, Word};
+use super::mxfp4::mxfp4_rows;
+use super::path::{Path, for_each_path};
+use super::{fake_quant_portable, nvfp4};
 use crate::numerics::block_format::{TensorScale, tensor_encode_scale};
 use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
 use half::bf16;
@@ -66,7 +63,7 @@ pub fn fake_quant_f32_into(
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
 }
 
-/// `fake_quant_f32_into` by a chosen implementation; `Path::Avx2` falls back where the CPU lacks it.
+/// `fake_quant_f32_into` by a chosen implementation, or the fastest below it that the CPU has.
 pub fn fake_quant_f32_by(
     path: Path,
     x: &[f32],
@@ -94,6 +91,19 @@ pub fn fake_quant_bf16_into(
     fake_quant(Path::best(), x, rows, cols, format, scale, out)
 }
 
+/// `fake_quant_bf16_into` by a chosen implementation, or the fastest below it that the CPU has.
+pub fn fake_quant_bf16_by(
+    path: Path,
+    x: &[bf16],
+    rows: usize,
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    out: &mut [bf16],
+) -> FakeQuantStats {
+    fake_quant(path, x, rows, cols, format, scale, out)
+}
+
 /// The formats with vector code of their own; fake_quant_general.rs has the choice.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Fast {
@@ -113,44 +123,9 @@ impl Fast {
     }
 }
 
-/// A storage dtype: read exactly into f32, rounded to nearest even on the way back.
-pub(super) trait Element: Copy + Send + Sync {
-    /// bf16 if true, f32 if false; fake_quant_avx2.rs loads and stores by it.
-    const IS_BF16: bool;
-    const ZERO: Self;
-    const NAN: Self;
-    fn read(self) -> f32;
-    fn round(value: f32) -> Self;
-}
-
-impl Element for f32 {
-    const IS_BF16: bool = false;
-    const ZERO: f32 = 0.0;
-    const NAN: f32 = f32::NAN;
-    #[inline(always)]
-    fn read(self) -> f32 {
-        self
-    }
-    #[inline(always)]
-    fn round(value: f32) -> f32 {
-        value
-    }
-}
-
-impl Element for bf16 {
-    const IS_BF16: bool = true;
-    const ZERO: bf16 = bf16::ZERO;
-    const NAN: bf16 = bf16::NAN;
-    #[inline(always)]
-    fn read(self) -> f32 {
-        f32::from_bits((self.to_bits() as u32) << 16)
-    }
-    /// Finite values alone come here; NaN blocks are written as such.
-    #[inline(always)]
-    fn round(value: f32) -> bf16 {
-        let bits = value.to_bits();
-        bf16::from_bits((bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16) as u16)
-    }
+/// Elements of whole rows that one thread takes at a time.
+pub fn chunk_elements(cols: usize) -> usize {
+    (CHUNK_ELEMENTS / cols).max(1) * cols
 }
 
 fn fake_quant<T: Element>(
@@ -169,22 +144,30 @@ fn fake_quant<T: Element>(
     if x.is_empty() {
         return stats;
     }
-    let chunk = (CHUNK_ELEMENTS / cols).max(1) * cols;
-    let parallel = x.len() >= PARALLEL_ELEMENTS;
-    if format == Fast::Nvfp4 && scale != TensorScale::Row {
-        let amax_bits = match scale {
-            TensorScale::Amax(amax) => amax.to_bits(),
-            _ if parallel => x.par_chunks(chunk).map(|x| finite_amax_bits(path, x, cols)).max().unwrap_or(0),
-            _ => finite_amax_bits(path, x, cols),
-        };
-        stats.tensor_encode_scale = tensor_encode_scale(f32::from_bits(amax_bits));
-    }
-    let encode_scale = (scale != TensorScale::Row).then_some(stats.tensor_encode_scale);
-    let work = |(x, out): (&[T], &mut [T])| quantize_rows(path, x, cols, format, encode_scale, out);
-    let counts = if parallel {
-        x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).map(work).reduce(Counts::default, Counts::plus)
+    let chunk = if x.len() < PARALLEL_ELEMENTS { x.len() } else { chunk_elements(cols) };
+    let counts = if format == Fast::Nvfp4 && scale == TensorScale::Tensor {
+        let blocks = nvfp4::blocks_per_row(cols);
+        let (mut amaxes, amax_chunk) = (vec![T::Word::ZERO; rows * blocks], chunk / cols * blocks);
+        let find = |(x, amaxes): (&[T], &mut [T::Word])| nvfp4::find_amaxes(path, x, cols, amaxes);
+        let amax_bits = x.par_chunks(chunk).zip(amaxes.par_chunks_mut(amax_chunk)).map(find).max().unwrap_or(0);
+        let g = tensor_encode_scale(f32::from_bits(amax_bits));
+        stats.tensor_encode_scale = g;
+        let work =
+            |((x, amaxes), out): ((&[T], &[T::Word]), &mut [T])| nvfp4::rows_of_found(path, x, cols, amaxes, g, out);
+        let chunks = x.par_chunks(chunk).zip(amaxes.par_chunks(amax_chunk)).zip(out.par_chunks_mut(chunk));
+        chunks.map(work).reduce(Counts::default, Counts::plus)
     } else {
-        x.chunks(chunk).zip(out.chunks_mut(chunk)).map(work).fold(Counts::default(), Counts::plus)
+        let g = match scale {
+            TensorScale::Amax(amax) if format == Fast::Nvfp4 => Some(tensor_encode_scale(amax)),
+            _ => None,
+        };
+        stats.tensor_encode_scale = g.unwrap_or(1.0);
+        let work = |(x, out): (&[T], &mut [T])| match format {
+            Fast::Mxfp4 { rule } => mxfp4_rows(path, x, cols, rule, out),
+            Fast::Nvfp4 => nvfp4::rows(path, x, cols, g, out),
+            Fast::Nvfp4SingleLevel => single_level_rows(path, x, cols, out),
+        };
+        x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).map(work).reduce(Counts::default, Counts::plus)
     };
     stats.nonfinite_blocks = counts.nonfinite_blocks;
     stats.saturated = counts.saturated;
@@ -206,52 +189,12 @@ impl Counts {
     }
 }
 
-/// Bits of the largest magnitude over nvfp4 blocks without NaN or infinity.
-pub(super) fn finite_amax_bits<T: Element>(path: Path, x: &[T], cols: usize) -> u32 {
-    #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has AVX2, as just detected.
-        let bits = unsafe { fake_quant_avx2::amax_bits(x) };
-        if bits < INFINITY_BITS {
-            return bits;
+for_each_path! {
+    fn single_level_rows<T: Element>(x: &[T], cols: usize, out: &mut [T]) -> Counts {
+        let mut counts = Counts::default();
+        for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
+            fake_quant_portable::single_level_row(x, out, &mut counts);
         }
+        counts
     }
-    // Block by block, to leave out those with NaN or infinity.
-    let mut largest = 0;
-    for block in x.chunks_exact(cols).flat_map(|row| row.chunks(16)) {
-        let bits = fake_quant_portable::amax_bits(&read(&padded::<T, 16>(block)));
-        largest = largest.max(if bits < INFINITY_BITS { bits } else { 0 });
-    }
-    largest
-}
-
-/// Whole rows. `encode_scale` None: nvfp4 with a G of every row's own.
-fn quantize_rows<T: Element>(
-    path: Path,
-    x: &[T],
-    cols: usize,
-    format: Fast,
-    encode_scale: Option<f32>,
-    out: &mut [T],
-) -> Counts {
-    #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") {
-        // SAFETY: the CPU has AVX2, as just detected.
-        unsafe {
-            match format {
-                Fast::Mxfp4 { rule } => return fake_quant_avx2::mxfp4_rows(x, cols, rule, out),
-                Fast::Nvfp4 => return fake_quant_avx2::nvfp4_rows(x, cols, encode_scale, out),
-                Fast::Nvfp4SingleLevel => return single_level_avx2(x, cols, out),
-            }
-        }
-    }
-    let _ = path;
-    fake_quant_portable::quantize_rows(x, cols, format, encode_scale, out)
-}
-
-/// The portable code, compiled with AVX2: this variant is not worth intrinsics.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn single_level_avx2<T: Element>(x: &[T], cols: usize, out: &mut [T]) -> Counts {
-    fake_quant_portable::quantize_rows(x, cols, Fast::Nvfp4SingleLevel, None, out)
 }

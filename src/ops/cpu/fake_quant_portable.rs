@@ -1,59 +1,52 @@
 //! The portable side of fake_quant.rs: the definition's arithmetic without codes, a block at a time.
+//!
+//! |x| * E is rounded on the E2M1 grid by adding and subtracting 1.5 * 2^23 steps, the step (.5, 1 or 2) chosen by
+//! magnitude, which rounds ties to even multiples of the step as the codes do.
 
-use super::fake_quant::{Counts, Element, Fast, INFINITY_BITS, finite_amax_bits};
-use super::normals::Path;
-use crate::numerics::block_format::{mx_exponent, tensor_encode_scale};
+use super::element::Element;
+use super::fake_quant::{Counts, INFINITY_BITS};
+use crate::numerics::block_format::mx_exponent;
 use crate::numerics::format::MxScaleRule;
 use crate::numerics::{e4m3, e8m0, original};
 
-/// Whole rows. `encode_scale` None: nvfp4 with a G of every row's own.
+/// A row of nvfp4 blocks under G.
 #[inline(always)]
-pub(super) fn quantize_rows<T: Element>(
-    x: &[T],
-    cols: usize,
-    format: Fast,
-    encode_scale: Option<f32>,
-    out: &mut [T],
-) -> Counts {
-    let mut counts = Counts::default();
-    for (x, out) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)) {
-        match format {
-            Fast::Mxfp4 { rule } => {
-                quantize_row::<T, 32>(x, out, &mut counts, |x, amax| {
-                    let (encode, decode) = block_scales_mxfp4(amax, rule);
-                    round_scaled(x, encode, decode)
-                });
-            }
-            Fast::Nvfp4 => {
-                let row_amax = || f32::from_bits(finite_amax_bits(Path::Portable, x, cols));
-                let g = encode_scale.unwrap_or_else(|| tensor_encode_scale(row_amax()));
-                let inverse = 1.0 / g;
-                quantize_row::<T, 16>(x, out, &mut counts, |x, amax| {
-                    let (encode, decode) = block_scales_nvfp4(amax, g, inverse);
-                    round_scaled(x, encode, decode)
-                });
-            }
-            Fast::Nvfp4SingleLevel => {
-                quantize_row::<T, 16>(x, out, &mut counts, |x, amax| {
-                    let (_, scale) = original::single_level_scale(amax);
-                    round_toward_zero_ties(x, scale)
-                });
-            }
-        }
-    }
-    counts
+pub(super) fn nvfp4_row<T: Element>(x: &[T], g: f32, out: &mut [T], counts: &mut Counts) {
+    let inverse = 1.0 / g;
+    quantize_row::<T, 16>(x, out, counts, |x, amax| {
+        let (encode, decode) = block_scales_nvfp4(amax, g, inverse);
+        round_scaled(x, encode, decode)
+    });
+}
+
+/// A row of nvfp4_single_level blocks.
+#[inline(always)]
+pub(super) fn single_level_row<T: Element>(x: &[T], out: &mut [T], counts: &mut Counts) {
+    quantize_row::<T, 16>(x, out, counts, |x, amax| {
+        let (_, scale) = original::single_level_scale(amax);
+        round_toward_zero_ties(x, scale)
+    });
+}
+
+/// Any mxfp4 block: those that mxfp4.rs leaves aside.
+#[cold]
+pub(super) fn mxfp4_block<T: Element>(x: &[T; 32], rule: MxScaleRule, out: &mut [T; 32], counts: &mut Counts) {
+    *out = quantize_block(x, counts, &|x, amax| {
+        let (encode, decode) = block_scales_mxfp4(amax, rule);
+        round_scaled(x, encode, decode)
+    });
 }
 
 /// (2^-k, 2^k).
 #[inline(always)]
-pub(super) fn block_scales_mxfp4(amax: f32, rule: MxScaleRule) -> (f32, f32) {
+fn block_scales_mxfp4(amax: f32, rule: MxScaleRule) -> (f32, f32) {
     let k = mx_exponent(amax, rule);
     (e8m0::exp2(-k), e8m0::exp2(k))
 }
 
 /// (E, S * D), E = 0 where S = 0, from a block's amax, G and D = 1 / G.
 #[inline(always)]
-pub(super) fn block_scales_nvfp4(amax: f32, g: f32, inverse: f32) -> (f32, f32) {
+fn block_scales_nvfp4(amax: f32, g: f32, inverse: f32) -> (f32, f32) {
     let s = round_e4m3((amax * (g * (1.0 / 6.0))).min(e4m3::MAX));
     let decode = s * inverse;
     (if s == 0.0 { 0.0 } else { (1.0 / decode).min(f32::MAX) }, decode)
@@ -140,10 +133,10 @@ pub(super) fn amax_bits<const N: usize>(x: &[f32; N]) -> u32 {
 /// y = e2m1(x * encode) * decode, and how many |x * encode| exceeded 6.
 #[inline(always)]
 fn round_scaled<const N: usize>(x: &[f32; N], encode: f32, decode: f32) -> ([f32; N], u32) {
-    let (mut y, mut saturated) = ([0.0; N], 0);
+    let (mut y, mut saturated) = ([0.0; N], 0u32);
     for i in 0..N {
         let magnitude = (x[i] * encode).abs();
-        saturated += (magnitude > 6.0) as u32;
+        saturated = saturated.wrapping_add((magnitude > 6.0) as u32);
         let a = if magnitude > 6.0 { 6.0 } else { magnitude };
         // 1.5 * 2^23 times the grid's step at a.
         let steps = if a >= 4.0 {
@@ -162,14 +155,14 @@ fn round_scaled<const N: usize>(x: &[f32; N], encode: f32, decode: f32) -> ([f32
 /// y = e2m1(x / scale) * scale with ties toward zero (numerics/original.rs).
 #[inline(always)]
 fn round_toward_zero_ties<const N: usize>(x: &[f32; N], scale: f32) -> ([f32; N], u32) {
-    let (mut y, mut saturated) = ([0.0; N], 0);
+    let (mut y, mut saturated) = ([0.0; N], 0u32);
     for i in 0..N {
         let a = (x[i] / scale).abs();
-        saturated += (a > 6.0) as u32;
+        saturated = saturated.wrapping_add((a > 6.0) as u32);
         // The grid's increments over its midpoints: 4 halves, 2 ones, a two.
-        let halves = (a > 0.25) as u32 + (a > 0.75) as u32 + (a > 1.25) as u32 + (a > 1.75) as u32;
-        let ones = (a > 2.5) as u32 + (a > 3.5) as u32;
-        let rounded = 0.5 * (halves + 2 * ones + 4 * (a > 5.0) as u32) as f32;
+        let above = |bound: f32, step: f32| if a > bound { step } else { 0.0 };
+        let halves = above(0.25, 0.5) + above(0.75, 0.5) + above(1.25, 0.5) + above(1.75, 0.5);
+        let rounded = halves + above(2.5, 1.0) + above(3.5, 1.0) + above(5.0, 2.0);
         y[i] = rounded.copysign(x[i]) * scale;
     }
     (y, saturated)

@@ -45,7 +45,7 @@ pub fn apply_f32(
     apply_f32_by(Path::best(), law, scale, seed, stream, tokens, y, cols, bias)
 }
 
-/// `apply_f32` by a chosen implementation; `Path::Avx2` falls back where the CPU lacks it.
+/// `apply_f32` by a chosen implementation, or the fastest below it that the CPU has.
 pub fn apply_f32_by(
     path: Path,
     law: ErrorLaw,

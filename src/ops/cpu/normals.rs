@@ -10,30 +10,14 @@ use super::normals_avx2;
 use crate::numerics::generator::{BASE, COEF, COLUMN_BLOCK, TABLE_HIGH, TABLE_LOW, odd};
 use crate::numerics::philox::philox4x32_7;
 
-/// Which implementation runs; tests compare them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Path {
-    Avx2,
-    Portable,
-}
-
-impl Path {
-    /// The fastest one this CPU has.
-    pub fn best() -> Path {
-        #[cfg(target_arch = "x86_64")]
-        if std::arch::is_x86_feature_detected!("avx2") {
-            return Path::Avx2;
-        }
-        Path::Portable
-    }
-}
+pub use super::path::Path;
 
 /// Fills `out` with the normals of columns 0..out.len() of one token.
 pub fn normals_into(seed: u64, stream: u32, token: u64, out: &mut [f32]) {
     normals_into_by(Path::best(), seed, stream, token, out);
 }
 
-/// `normals_into` by a chosen implementation; `Path::Avx2` falls back where the CPU lacks it.
+/// `normals_into` by a chosen implementation, or the fastest below it that the CPU has.
 pub fn normals_into_by(path: Path, seed: u64, stream: u32, token: u64, out: &mut [f32]) {
     let whole = out.len() / COLUMN_BLOCK * COLUMN_BLOCK;
     let (blocks, tail) = out.split_at_mut(whole);
@@ -49,7 +33,7 @@ pub fn normals_into_by(path: Path, seed: u64, stream: u32, token: u64, out: &mut
 pub(super) fn fill_blocks(path: Path, seed: u64, stream: u32, key: &dyn Fn(usize) -> (u64, u32), out: &mut [f32]) {
     debug_assert_eq!(out.len() % COLUMN_BLOCK, 0);
     #[cfg(target_arch = "x86_64")]
-    if path == Path::Avx2 && std::arch::is_x86_feature_detected!("avx2") {
+    if path.or_below() >= Path::Avx2 {
         // SAFETY: the CPU has AVX2, as just detected.
         return unsafe { normals_avx2::fill_blocks(seed, stream, key, out) };
     }

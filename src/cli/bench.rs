@@ -1,0 +1,109 @@
+//! `temper bench kernels`: times of the operations beside baselines taken in the same run.
+
+use std::io::Write;
+
+use super::Global;
+use crate::bench::{Options, Report, Row, kernels};
+use crate::ops::cpu::path::Path;
+use crate::{Error, Result, bail_input, device};
+
+#[derive(clap::Args)]
+pub struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Fake quantization, noise, and the noisy linear layer
+    Kernels(KernelsArgs),
+}
+
+#[derive(clap::Args)]
+struct KernelsArgs {
+    /// Threads of our loops and of libtorch (default: all cores)
+    #[arg(long)]
+    threads: Option<usize>,
+    /// portable, avx2 or avx512 (default: the fastest that the CPU has)
+    #[arg(long)]
+    simd: Option<String>,
+    /// Only groups whose name contains this, such as `bf16 [1536, 8960]` or `noisy_linear`
+    #[arg(long)]
+    only: Option<String>,
+}
+
+pub fn run(args: &Args, global: &Global) -> Result<()> {
+    let What::Kernels(args) = &args.what;
+    if global.device.as_deref().is_some_and(|name| name.starts_with("cuda")) {
+        bail_input!("bench kernels: --device cuda is not available yet, expected --device cpu");
+    }
+    device::parse(global.device.as_deref())?;
+    let path = path(args.simd.as_deref())?;
+    if args.threads == Some(0) {
+        bail_input!("--threads 0: expected at least 1");
+    }
+    device::set_threads(args.threads);
+    let progress = |group: &str| {
+        if !global.quiet {
+            eprintln!("bench: {group}");
+        }
+    };
+    let report = kernels(&Options { path, only: args.only.as_deref(), progress: &progress })?;
+    let text = match global.json {
+        true => serde_json::to_string(&report).map_err(|e| Error::Runtime(format!("bench: {e}")))?,
+        false => text(&report),
+    };
+    writeln!(std::io::stdout(), "{text}").map_err(|e| Error::io("stdout", e))
+}
+
+fn path(name: Option<&str>) -> Result<Path> {
+    let Some(name) = name else { return Ok(Path::best()) };
+    let available: Vec<&str> = Path::ALL.into_iter().filter(|p| p.is_available()).map(Path::name).collect();
+    match Path::ALL.into_iter().find(|p| p.name() == name && p.is_available()) {
+        Some(path) => Ok(path),
+        None => bail_input!("--simd {name}: expected one that this CPU has: {}", available.join(", ")),
+    }
+}
+
+fn text(report: &Report) -> String {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(["kernel", "shape", "median", "min", "spread", "speed", "x copy", "x baseline", "torch chain"]);
+    for row in &report.rows {
+        table.add_row(cells(row));
+    }
+    let table = table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    format!(
+        "{table}\n{}, {} threads, {}, temper {} at {}, {}\nx copy, x baseline: fastest time over fastest time in the same \
+         run, less is better; torch chain: how many times faster than the same steps as tensor operations",
+        report.machine.model,
+        report.threads,
+        report.simd,
+        report.version,
+        report.commit.as_deref().unwrap_or("an unknown commit"),
+        report.date
+    )
+}
+
+fn cells(row: &Row) -> [String; 9] {
+    let time = |us: f64| if us < 1e4 { format!("{us:.0} us") } else { format!("{:.1} ms", us / 1e3) };
+    let or_empty = |text: Option<String>| text.unwrap_or_default();
+    let shape: Vec<String> = row.shape.iter().map(usize::to_string).collect();
+    let speed = match (row.gb_per_s, row.tflop_per_s) {
+        (Some(gb), _) => format!("{gb:.1} GB/s"),
+        (None, Some(tflops)) => format!("{tflops:.3} TFLOP/s"),
+        (None, None) => String::new(),
+    };
+    let baseline = row.baseline_ratio.zip(row.baseline.as_deref());
+    [
+        row.name.clone(),
+        format!("{} {}", shape.join(" x "), row.dtype),
+        time(row.median_us),
+        time(row.min_us),
+        format!("{:.0} %", 100.0 * row.spread),
+        speed,
+        or_empty(row.copy_ratio.map(|r| format!("{r:.2}"))),
+        or_empty(baseline.map(|(r, name)| format!("{r:.2} {name}"))),
+        or_empty(row.torch_chain_ratio.map(|r| format!("{r:.0}"))),
+    ]
+}
