@@ -8,8 +8,11 @@ use crate::data::generated::{self, Split, Task};
 use crate::data::section::DataKind;
 use crate::data::{self, Question};
 use crate::device::{self, Device};
+use crate::inject::injector::Injector;
+use crate::model::calibration;
 use crate::model::checkpoint::{Checkpoint, resolve_model_path};
 use crate::model::config::Qwen2Config;
+use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::rl::recipe::{Recipe, prepare};
 use crate::rl::trainer::{Workload, check_lengths};
@@ -102,6 +105,33 @@ pub fn check_inputs(config: &Config) -> Result<()> {
         Some(dir) => Checkpoint::open(&dir)?.check(&shapes),
         None => Ok(()),
     }
+}
+
+/// Static activation scales of the model in `dir`: those that lie beside its weights, else calibrated on the
+/// configuration's training prompts, as a run would before its first step.
+pub fn set_activation_amax(
+    injector: &mut Injector,
+    model: &Qwen2,
+    dir: &Path,
+    config: &Config,
+    workload: &Workload,
+    console: &Console,
+) -> Result<()> {
+    let amax = match calibration::read(dir, injector.plan())? {
+        Some(amax) => amax,
+        None => {
+            let n = config.fake_quant.calibration_prompts();
+            let mut first = config.clone();
+            first.data.train_limit = Some(n.min(config.data.train_limit.unwrap_or(n)));
+            let reason = || format!("{} has no {}: calibrating", dir.display(), calibration::FILE);
+            let questions = training_questions(&first).map_err(|e| e.at(reason()))?;
+            console.note(&format!("{} on {} training prompts", reason(), questions.len()));
+            let questions = prepare(&questions, &config.data, &workload.tokenizer)?;
+            calibration::calibrate(model, injector.plan(), &recipe(config).calibration_prompts(&questions))?
+        }
+    };
+    injector.set_activation_amax(amax);
+    Ok(())
 }
 
 fn training_questions(config: &Config) -> Result<Vec<Question>> {

@@ -37,7 +37,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let model = load_model(&dir, device, Some(kind_of(config.model.dtype)))?;
     let recipe = common::recipe(&config);
     check_lengths(&recipe, &workload, &model.config)?;
-    let injector = recipe.injector(&model.config)?;
+    let mut injector = recipe.injector(&model.config)?;
+    common::set_activation_amax(&mut injector, &model, &dir, &config, &workload, &console)?;
     let evaluation = Evaluation {
         model: &model,
         tokenizer: &workload.tokenizer,

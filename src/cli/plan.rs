@@ -106,6 +106,7 @@ fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan) -> V
         "total_steps": schedule.total_steps(),
         "sigma": sigma,
         "modules": plan.modules,
+        "activation_scale": plan.activation_scale,
         "unused_keys": schedule.unused_keys(),
         "notices": notices(schedule, plan),
     })
@@ -136,7 +137,14 @@ fn to_text(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, ever
         );
     }
     if !plan.quant_phases.is_empty() {
-        text += &format!("fake quantization: phases {}\n", phases(plan.quant_phases));
+        text += &format!("fake quantization: phases {}", phases(plan.quant_phases));
+        if plan.modules.iter().any(|m| m.activation_format.is_some()) {
+            text += &format!("; activation scale {}", name_of(plan.activation_scale));
+        }
+        if plan.modules.iter().any(|m| plan.needs_activation_amax(m)) {
+            text += &format!(", from the first {} training prompts", config.fake_quant.calibration_prompts());
+        }
+        text += "\n";
     }
     if plan.aqn_enabled {
         let count = plan.modules.iter().filter(|m| m.aqn_multiplier > 0.0).count();

@@ -3,17 +3,19 @@
 
 use std::path::{Path, PathBuf};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::Global;
+use super::{Global, common};
 use crate::model::checkpoint::quantize::{DEFAULT_EXCLUDED, QuantizedTensor, Quantizer, mean_error};
 use crate::model::checkpoint::{
-    Checkpoint, MAX_SHARD_BYTES, atomic_directory, resolve_model_path, write_safetensors_with, write_weights,
+    Checkpoint, MAX_SHARD_BYTES, TensorSink, TensorSpec, atomic_directory, resolve_model_path, write_safetensors_with,
+    write_weights,
 };
 use crate::model::config::Qwen2Config;
 use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorError;
+use crate::run::console::Progress;
+use crate::run::signals::Interrupt;
 use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
@@ -44,8 +46,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let mut report = if input.is_dir() {
         quantize_directory(&quantizer, &input, &args.output, global)?
     } else {
-        let mut pass = Pass::new(&quantizer, global);
-        write_safetensors_with(&args.output, &quantizer.specs, |index, bytes| pass.fill(index, bytes))?;
+        let mut pass = Pass::new(&quantizer, global)?;
+        write_safetensors_with(&args.output, &quantizer.specs, |index, sink| pass.fill(index, sink))?;
         pass.finish()
     };
     let order = |t: &QuantizedTensor| quantizer.specs.iter().position(|spec| spec.name == t.name);
@@ -94,10 +96,10 @@ fn quantize_directory(
     output: &Path,
     global: &Global,
 ) -> Result<Vec<QuantizedTensor>> {
-    let mut pass = Pass::new(quantizer, global);
+    let mut pass = Pass::new(quantizer, global)?;
     atomic_directory(output, |temporary| {
         copy_other_files(input, temporary)?;
-        write_weights(temporary, &quantizer.specs, MAX_SHARD_BYTES, |index, bytes| pass.fill(index, bytes))
+        write_weights(temporary, &quantizer.specs, MAX_SHARD_BYTES, |index, sink| pass.fill(index, sink))
     })?;
     Ok(pass.finish())
 }
@@ -117,35 +119,39 @@ fn copy_other_files(input: &Path, output: &Path) -> Result<()> {
     Ok(())
 }
 
-/// One pass over the tensors with its progress and what it found.
+/// One pass over the tensors with its progress and what it found. A signal ends it; nothing is left behind.
 struct Pass<'a> {
     quantizer: &'a Quantizer<'a>,
-    bar: ProgressBar,
+    bar: Progress,
+    bytes_done: u64,
+    interrupt: Interrupt,
     report: Vec<QuantizedTensor>,
 }
 
 impl<'a> Pass<'a> {
-    fn new(quantizer: &'a Quantizer<'a>, global: &Global) -> Pass<'a> {
-        // indicatif draws on a terminal alone, and to stderr.
-        let bar = match global.quiet {
-            true => ProgressBar::hidden(),
-            false => ProgressBar::new(quantizer.specs.len() as u64),
-        };
-        if let Ok(style) = ProgressStyle::with_template("quantize {bar:40} {pos}/{len} {msg}") {
-            bar.set_style(style);
-        }
-        Pass { quantizer, bar, report: Vec::new() }
+    fn new(quantizer: &'a Quantizer<'a>, global: &Global) -> Result<Pass<'a>> {
+        let total_bytes: u64 = quantizer.specs.iter().map(TensorSpec::bytes).sum();
+        let bar = common::console(global).progress("quantize, MiB", total_bytes >> 20);
+        Ok(Pass { quantizer, bar, bytes_done: 0, interrupt: Interrupt::install()?, report: Vec::new() })
     }
 
-    fn fill(&mut self, index: usize, bytes: &mut Vec<u8>) -> Result<()> {
+    fn fill(&mut self, index: usize, sink: &mut TensorSink) -> Result<()> {
         self.bar.set_message(self.quantizer.specs[index].name.clone());
-        self.report.extend(self.quantizer.fill(index, bytes)?);
-        self.bar.inc(1);
+        let found = self.quantizer.fill(index, sink, &mut |bytes| {
+            let before = self.bytes_done >> 20;
+            self.bytes_done += bytes as u64;
+            self.bar.inc((self.bytes_done >> 20) - before);
+            match self.interrupt.requested() {
+                true => Err(Error::Interrupted("nothing was written".into())),
+                false => Ok(()),
+            }
+        })?;
+        self.report.extend(found);
         Ok(())
     }
 
     fn finish(self) -> Vec<QuantizedTensor> {
-        self.bar.finish_and_clear();
+        self.bar.finish();
         self.report
     }
 }

@@ -7,7 +7,7 @@ use crate::Error;
 use crate::data::MAX_QUESTIONS;
 use crate::data::section::{DataKind, DataSection};
 use crate::inject::schedule;
-use crate::inject::section::{FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
+use crate::inject::section::{ActivationScale, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
 use crate::model::config::PRESETS;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
 
@@ -220,22 +220,25 @@ fn noise_injection(aqn: &NoiseInjectionSection, epochs: u64) -> Checked {
 }
 
 fn fake_quant(quant: &FakeQuantSection) -> Checked {
-    if let Some(format) = quant.activations {
+    if let Some(format) = quant.activations.filter(|format| format.two_d) {
         return Err(Violation::new(
             "fake_quant.activations",
-            format!("found {format}: quantized activations are not available yet; null is"),
+            format!("found {format}, expected a format without 2d: a tile would mix tokens"),
         ));
     }
-    if !quant.share_tensor_scale {
+    if let (Some(format), Some(ActivationScale::Static)) = (quant.activations, quant.activation_scale)
+        && !format.has_tensor_scale()
+    {
         return Err(Violation::new(
-            "fake_quant.share_tensor_scale",
-            "false is not available yet: q/k/v and gate/up share one tensor scale, as deployment needs it",
+            "fake_quant.activation_scale",
+            format!("found static with activations in {format}, which has no tensor scale to calibrate; token is"),
         ));
     }
-    if quant.enabled && quant.weights.is_none() {
+    at_least_1("fake_quant.calibration_prompts", quant.calibration_prompts() as u64)?;
+    if quant.enabled && quant.weights.is_none() && quant.activations.is_none() {
         return Err(Violation::new(
             "fake_quant.weights",
-            "found null with fake_quant.enabled: true, expected a format such as mxfp4 or nvfp4",
+            "found null with fake_quant.enabled: true and no activations, expected a format such as mxfp4 or nvfp4",
         ));
     }
     if quant.phases.contains(InjectPhase::Forward) != quant.phases.contains(InjectPhase::Backward) {

@@ -2,7 +2,7 @@
 //!
 //! AQN is pooled over modules of equal planned multiplier and held within 5 standard errors; exactly 0
 //! where 0 is planned, not 0 where it is not. Matmul noise is held within max(5 standard errors, 2 %) for
-//! each module, phase and direction.
+//! each module, phase and direction. Quantization must have happened where it is planned, to the planned format.
 
 use std::collections::BTreeMap;
 
@@ -30,6 +30,7 @@ impl Measured {
         self.check_aqn(sigma, &mut out);
         self.check_matmul(&mut out);
         self.check_quant(&mut out);
+        self.check_activations(&mut out);
         out
     }
 
@@ -158,13 +159,45 @@ impl Measured {
                 (Some(format), None) if in_training => {
                     out.push(format!("fake_quant: {name}: planned {format}, but it was not quantized"))
                 }
-                (Some(format), Some(q)) if q.error_sq == 0.0 && q.x_sq > 0.0 => {
+                (Some(format), Some(q)) if q.format != format => {
+                    out.push(format!("fake_quant: {name}: planned {format}, but it was quantized to {}", q.format))
+                }
+                (Some(format), Some(q)) if q.sums.error_sq == 0.0 && q.sums.x_sq > 0.0 => {
                     out.push(format!("fake_quant: {name}: planned {format}, but the weight did not change"));
                 }
-                (None, Some(q)) if q.error_sq > 0.0 => {
+                (None, Some(q)) if q.sums.error_sq > 0.0 => {
                     out.push(format!("fake_quant: {name}: planned none, but it was quantized"))
                 }
                 _ => {}
+            }
+        }
+    }
+
+    fn check_activations(&self, out: &mut Vec<String>) {
+        // Every training step has these; the reference policy only where the loss has a KL term.
+        const ALWAYS: [InjectPhase; 3] = [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward];
+        for phase in [ALWAYS.as_slice(), &[InjectPhase::RefLogprobs]].concat() {
+            let i = phase as usize;
+            let ran = ALWAYS.contains(&phase) || self.modules.iter().any(|m| m.activations[i].is_some());
+            for (module, sums) in self.plan.modules.iter().zip(&self.modules) {
+                let (name, phase) = (&module.name, SLOT_NAMES[i]);
+                let mut say = |text: String| out.push(format!("fake_quant: input of {name} ({phase}): {text}"));
+                match (self.activation_planned(module, i), &sums.activations[i]) {
+                    (Some(format), None) if ran => say(format!("planned {format}, but it was not quantized")),
+                    (Some(format), Some((q, _))) if q.format != format => {
+                        say(format!("planned {format}, but it was quantized to {}", q.format))
+                    }
+                    (Some(format), Some((_, scale)))
+                        if format.has_tensor_scale() && *scale != self.plan.activation_scale =>
+                    {
+                        say(format!("planned scale {}, applied {}", self.plan.activation_scale.name(), scale.name()))
+                    }
+                    (Some(format), Some((q, _))) if q.sums.error_sq == 0.0 && q.sums.x_sq > 0.0 => {
+                        say(format!("planned {format}, but it did not change"))
+                    }
+                    (None, Some((q, _))) => say(format!("planned none, but it was quantized to {}", q.format)),
+                    _ => {}
+                }
             }
         }
     }

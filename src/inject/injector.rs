@@ -1,20 +1,32 @@
 //! The plan at work: hands every product its draws and collects what was measured.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Mutex;
 
 use super::measured::{MatmulDirection, Measured, StepInjection};
 use super::plan::{InjectionPlan, ModulePlan};
-use super::section::{ApplyTo, DrawMode, DwDraw, InjectPhase};
-use crate::Result;
-use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
+use super::section::{ActivationScale, ApplyTo, DrawMode, DwDraw, InjectPhase};
+use crate::numerics::block_format::TensorScale;
+use crate::numerics::format::Format;
+use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_ACTIVATION, ROUNDED_WEIGHT, row_key, stream};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::fake_quant::StochasticDraw;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink};
 use crate::ops::noisy_linear::{NoisyLinearCall, ProductError, WeightGradientError};
+use crate::{Error, Result};
+
+/// How the input of a linear is quantized in one phase.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ActivationQuant {
+    pub format: Format,
+    pub scale: TensorScale,
+    /// What stochastic rounding draws from, under the rows' token keys.
+    pub stream: Option<u32>,
+}
 
 pub struct Injector {
     plan: InjectionPlan,
+    activation_amax: BTreeMap<u32, f32>,
     sinks: Mutex<HashMap<(u32, MatmulDirection, Phase), SumsSink>>,
     measured: Mutex<Measured>,
 }
@@ -24,7 +36,7 @@ impl Injector {
     /// `repeats`: how many rows may share one draw (the members of a group share their prompt's).
     pub fn applying(applied: InjectionPlan, planned: InjectionPlan, repeats: u64) -> Injector {
         let measured = Mutex::new(Measured::new(&planned).with_repeats(repeats));
-        Injector { plan: applied, sinks: Mutex::new(HashMap::new()), measured }
+        Injector { plan: applied, activation_amax: BTreeMap::new(), sinks: Mutex::new(HashMap::new()), measured }
     }
 
     pub fn plan(&self) -> &InjectionPlan {
@@ -45,7 +57,36 @@ impl Injector {
             }
     }
 
-    /// Whether this phase computes with fake-quantized weights.
+    /// The calibrated tensor amax of module inputs, by module index: what `activation_scale: static` quantizes with.
+    pub fn set_activation_amax(&mut self, amax: BTreeMap<u32, f32>) {
+        self.activation_amax = amax;
+    }
+
+    pub fn activation_amax(&self) -> &BTreeMap<u32, f32> {
+        &self.activation_amax
+    }
+
+    /// How a module's input is quantized in `phase`; None where it stays as it is.
+    pub fn activation(&self, index: u32, phase: Phase) -> Result<Option<ActivationQuant>> {
+        let module = self.module(index);
+        let Some(format) = module.activation_format.filter(|_| self.quantizes(phase)) else {
+            return Ok(None);
+        };
+        let scale = match (self.plan.needs_activation_amax(module), self.activation_amax.get(&index)) {
+            (false, _) => TensorScale::Row,
+            (true, Some(&amax)) => TensorScale::Amax(amax),
+            (true, None) => {
+                return Err(Error::Runtime(format!("{}: its static activation scale was not calibrated", module.name)));
+            }
+        };
+        let stream = match format.rounding.is_stochastic() {
+            true => Some(stream(Purpose::StochasticRounding, self.draw_phase(phase), ROUNDED_ACTIVATION, index)?),
+            false => None,
+        };
+        Ok(Some(ActivationQuant { format, scale, stream }))
+    }
+
+    /// Whether this phase computes with fake-quantized weights and activations.
     pub fn quantizes(&self, phase: Phase) -> bool {
         self.plan.quant_phases.contains(forward_phase(phase))
     }
@@ -142,8 +183,22 @@ impl Injector {
         self.measured().record_norm_output(index, changed, total);
     }
 
-    pub fn record_quant(&self, index: u32, sums: &TensorErrorSums) {
-        self.measured().record_quant(index, sums);
+    pub fn record_quant(&self, index: u32, format: Format, sums: &TensorErrorSums) {
+        self.measured().record_quant(index, format, sums);
+    }
+
+    /// Whether the quantization of this module's input is yet to be recorded for `phase` of this step.
+    pub fn awaits_activation(&self, index: u32, phase: Phase) -> bool {
+        phase != Phase::Validation && self.measured().awaits_activation(index, forward_phase(phase))
+    }
+
+    /// What quantizing the input of a module in `phase` did, over some of its rows.
+    pub fn record_activation(&self, index: u32, phase: Phase, applied: ActivationQuant, sums: &TensorErrorSums) {
+        let scale = match applied.scale {
+            TensorScale::Row => ActivationScale::Token,
+            _ => ActivationScale::Static,
+        };
+        self.measured().record_activation(index, forward_phase(phase), applied.format, scale, sums);
     }
 
     /// Closes a training step: planned against measured, per module.

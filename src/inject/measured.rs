@@ -6,13 +6,14 @@
 //! - Matmul noise, per module, phase and direction: sqrt(sum error^2 / sum y^2) over rounded outputs
 //!   against s; standard error s/sqrt(2 n_eff), n_eff = (sum y^2)^2 / sum y^4, since large outputs
 //!   carry most of the sum.
-//! - Quantization, per module: the error metrics of the weights.
+//! - Quantization, per module: the error metrics of the weights, and of the first tokens of its input in each phase.
 
 use serde_json::{Map, Value, json};
 
 use super::plan::{InjectionPlan, ModuleKind, ModulePlan};
-use super::section::InjectPhase;
+use super::section::{ActivationScale, InjectPhase};
 use crate::numerics::error_law::{ErrorLaw, NoiseSums};
+use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorErrorSums;
 
 /// Which of the three products of a linear layer.
@@ -39,7 +40,38 @@ pub(super) struct ModuleSums {
     /// By slot: a forward product in each phase, then dX, dW.
     pub(super) matmul: [MatmulSums; SLOTS],
     /// Kept from step to step: weights are quantized when they change.
-    pub(super) quant: Option<TensorErrorSums>,
+    pub(super) quant: Option<QuantSums>,
+    /// By phase of the pass.
+    pub(super) activations: [Option<(QuantSums, ActivationScale)>; PHASES],
+}
+
+/// A quantized tensor: the format that was applied, and the error that it made.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct QuantSums {
+    pub(super) format: Format,
+    pub(super) sums: TensorErrorSums,
+}
+
+impl QuantSums {
+    /// nulls where nothing was quantized.
+    fn json(planned: Option<Format>, quant: Option<QuantSums>) -> Value {
+        let error = quant.map(|q| q.sums.finish());
+        json!({
+            "planned": planned,
+            "format": quant.map(|q| q.format),
+            "sqnr_db": error.map(|e| e.sqnr_db),
+            "relative_error": error.map(|e| e.relative_error),
+            "deadzone_ratio": error.map(|e| e.deadzone_ratio),
+            "n": quant.map_or(0, |q| q.sums.elements),
+            "nonfinite": quant.map_or(0, |q| q.sums.nonfinite),
+        })
+    }
+
+    /// Over all of them, in dB.
+    fn sqnr_db(all: impl Iterator<Item = QuantSums>) -> Value {
+        let (x_sq, error_sq) = all.fold((0.0, 0.0), |(x, e), q| (x + q.sums.x_sq, e + q.sums.error_sq));
+        json!(10.0 * (x_sq / error_sq).log10())
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +99,7 @@ pub(super) struct MatmulSums {
     pub(super) sums: NoiseSums,
 }
 
+pub(super) const PHASES: usize = InjectPhase::ALL.len();
 pub(super) const SLOTS: usize = 8;
 pub(super) const DX: usize = 6;
 pub(super) const DW: usize = 7;
@@ -143,10 +176,29 @@ impl Measured {
         }
     }
 
-    /// The quantization of a module's weight; the newest counts.
-    pub fn record_quant(&mut self, module_index: u32, sums: &TensorErrorSums) {
+    /// The quantization of a module's weight to `format`; the newest counts.
+    pub fn record_quant(&mut self, module_index: u32, format: Format, sums: &TensorErrorSums) {
         if let Some(module) = self.modules.get_mut(module_index as usize) {
-            module.quant = Some(*sums);
+            module.quant = Some(QuantSums { format, sums: *sums });
+        }
+    }
+
+    /// Whether nothing is known yet of how this module's input was quantized in `phase` of this step.
+    pub fn awaits_activation(&self, module_index: u32, phase: InjectPhase) -> bool {
+        self.modules.get(module_index as usize).is_some_and(|m| m.activations[phase as usize].is_none())
+    }
+
+    /// The quantization of a module's input to `format` in a pass of `phase`.
+    pub fn record_activation(
+        &mut self,
+        module_index: u32,
+        phase: InjectPhase,
+        format: Format,
+        scale: ActivationScale,
+        sums: &TensorErrorSums,
+    ) {
+        if let Some(module) = self.modules.get_mut(module_index as usize) {
+            module.activations[phase as usize] = Some((QuantSums { format, sums: *sums }, scale));
         }
     }
 
@@ -207,18 +259,17 @@ impl Measured {
             row.insert("matmul".into(), Value::Object(entry));
         }
         if module.weight_format.is_some() || sums.quant.is_some() {
-            let error = sums.quant.map(|q| q.finish());
-            row.insert(
-                "quant".into(),
-                json!({
-                    "planned": module.weight_format.map(|f| f.to_string()),
-                    "sqnr_db": error.map(|e| e.sqnr_db),
-                    "relative_error": error.map(|e| e.relative_error),
-                    "deadzone_ratio": error.map(|e| e.deadzone_ratio),
-                    "n": sums.quant.map_or(0, |q| q.elements),
-                    "nonfinite": sums.quant.map_or(0, |q| q.nonfinite),
-                }),
-            );
+            row.insert("quant".into(), QuantSums::json(module.weight_format, sums.quant));
+        }
+        if module.activation_format.is_some() || sums.activations.iter().any(Option::is_some) {
+            let mut entry = Map::new();
+            entry.insert("planned".into(), json!(module.activation_format));
+            for (phase, (quant, scale)) in sums.activations.iter().enumerate().filter_map(|(i, a)| Some((i, (*a)?))) {
+                let mut measured = QuantSums::json(self.activation_planned(module, phase), Some(quant));
+                measured["scale"] = json!(scale);
+                entry.insert(SLOT_NAMES[phase].into(), measured);
+            }
+            row.insert("quant_activations".into(), Value::Object(entry));
         }
         (row.len() > about).then_some(Value::Object(row))
     }
@@ -263,15 +314,22 @@ impl Measured {
             summary.insert("noisy_ops/measured_std_backward".into(), json!(self.matmul_std(&backward.sums)));
         }
         if !self.plan.quant_phases.is_empty() {
-            let quant = self.modules.iter().filter_map(|m| m.quant);
-            let (x_sq, error_sq) = quant.fold((0.0, 0.0), |(x, e), q| (x + q.x_sq, e + q.error_sq));
-            summary.insert("quant/sqnr_db".into(), json!(10.0 * (x_sq / error_sq).log10()));
+            let weights = self.modules.iter().filter_map(|m| m.quant);
+            summary.insert("quant/sqnr_db".into(), QuantSums::sqnr_db(weights));
+            if self.plan.modules.iter().any(|m| m.activation_format.is_some()) {
+                let activations = self.modules.iter().flat_map(|m| m.activations).flatten().map(|(quant, _)| quant);
+                summary.insert("quant/activation_sqnr_db".into(), QuantSums::sqnr_db(activations));
+            }
         }
         summary
     }
 
     pub(super) fn matmul_planned(&self, module: &ModulePlan, slot: usize) -> f64 {
         if self.plan.matmul_phases.contains(slot_phase(slot)) { module.matmul_error } else { 0.0 }
+    }
+
+    pub(super) fn activation_planned(&self, module: &ModulePlan, phase: usize) -> Option<Format> {
+        module.activation_format.filter(|_| self.plan.quant_phases.contains(InjectPhase::ALL[phase]))
     }
 
     /// Relative for the relative law, else the root mean square of the error itself.

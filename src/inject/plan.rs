@@ -11,8 +11,8 @@ pub use super::modules::{ModuleKind, ModuleSpec, qwen2_modules};
 use super::multipliers;
 use super::schedule;
 use super::section::{
-    ApplyTo, Compat, DrawMode, DwDraw, FakeQuantSection, InjectPhase, LayerType, NoiseInjectionSection,
-    NoisyOpsSection, PhaseSet,
+    ActivationScale, ApplyTo, Compat, DrawMode, DwDraw, FakeQuantSection, InjectPhase, LayerType,
+    NoiseInjectionSection, NoisyOpsSection, PhaseSet,
 };
 use super::selection::pattern_matches;
 use crate::numerics::error_law::ErrorLaw;
@@ -49,6 +49,9 @@ pub struct InjectionPlan {
     pub dw_draw: DwDraw,
     pub aqn_apply_to: ApplyTo,
     pub aqn_enabled: bool,
+    pub activation_scale: ActivationScale,
+    /// Fused siblings share one tensor amax.
+    pub share_tensor_scale: bool,
     /// Known defects that the configuration reproduces on purpose, and what it leaves without effect.
     pub notices: Vec<String>,
 }
@@ -134,6 +137,8 @@ impl InjectionPlan {
             dw_draw: noise.dw_draw,
             aqn_apply_to: aqn.apply_to,
             aqn_enabled: aqn.enabled,
+            activation_scale: quant.activation_scale.unwrap_or(ActivationScale::Token),
+            share_tensor_scale: quant.share_tensor_scale,
             notices: notices(aqn, noise, quant).into_iter().chain(unmatched).collect(),
         })
     }
@@ -144,9 +149,9 @@ impl InjectionPlan {
     pub fn tensor_scale_siblings(&self, index: u32) -> Vec<u32> {
         const FUSED: [&[&str]; 2] =
             [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], &["mlp.gate_proj", "mlp.up_proj"]];
-        let Some(module) =
-            self.modules.get(index as usize).filter(|m| m.weight_format.is_some_and(Format::has_tensor_scale))
-        else {
+        let two_level =
+            |m: &&ModulePlan| self.share_tensor_scale && m.weight_format.is_some_and(Format::has_tensor_scale);
+        let Some(module) = self.modules.get(index as usize).filter(two_level) else {
             return vec![index];
         };
         let group = FUSED.iter().find(|names| names.iter().any(|name| module.name.ends_with(name)));
@@ -161,12 +166,19 @@ impl InjectionPlan {
         self.modules.iter().filter(sibling).map(|m| m.index).collect()
     }
 
+    /// Whether the input of this module is quantized with a calibrated tensor amax.
+    pub fn needs_activation_amax(&self, module: &ModulePlan) -> bool {
+        self.activation_scale == ActivationScale::Static
+            && !self.quant_phases.is_empty()
+            && module.activation_format.is_some_and(Format::has_tensor_scale)
+    }
+
     /// Whether matmul noise is added in this phase.
     pub fn matmul_in(&self, phase: InjectPhase) -> bool {
         self.matmul_phases.contains(phase)
     }
 
-    /// Whether weights are quantized in this phase.
+    /// Whether weights and activations are quantized in this phase.
     pub fn quant_in(&self, phase: InjectPhase) -> bool {
         self.quant_phases.contains(phase)
     }
@@ -264,13 +276,24 @@ fn notices(aqn: &NoiseInjectionSection, noise: &NoisyOpsSection, quant: &FakeQua
         "noisy_ops.dw_draw: per_microbatch: as the original: trainer.microbatch_sequences is part of the experiment"
             .to_string(),
     );
+    for (key, format) in [("weights", quant.weights), ("activations", quant.activations)] {
+        say(
+            quant.enabled && format == Some(Format::NVFP4_SINGLE_LEVEL),
+            format!("fake_quant.{key}: nvfp4_single_level: {DEFECT}: no tensor scale"),
+        );
+        say(
+            quant.enabled && format.is_some_and(|format| format.rounding == Rounding::HalfAway),
+            format!("fake_quant.{key}: half_away: {DEFECT}: ties go away from zero"),
+        );
+    }
     say(
-        quant.enabled && quant.weights == Some(Format::NVFP4_SINGLE_LEVEL),
-        format!("fake_quant.weights: nvfp4_single_level: {DEFECT}: no tensor scale"),
+        quant.enabled && quant.activations.is_none() && quant.activation_scale == Some(ActivationScale::Static),
+        "fake_quant.activation_scale: static: set, but no activations are quantized".to_string(),
     );
     say(
-        quant.enabled && quant.weights.is_some_and(|format| format.rounding == Rounding::HalfAway),
-        format!("fake_quant.weights: half_away: {DEFECT}: ties go away from zero"),
+        quant.enabled && !quant.share_tensor_scale && quant.weights.is_some_and(Format::has_tensor_scale),
+        "fake_quant.share_tensor_scale: false: q/k/v and gate/up have a tensor scale each; deployed models and `temper quantize` share one"
+            .to_string(),
     );
     say(
         noise.enabled && noise.error_scale == 0.0,

@@ -169,6 +169,25 @@ impl Default for NoisyOpsSection {
     }
 }
 
+/// What the tensor amax A of a module's input is taken over, in formats that have one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationScale {
+    /// Every row has its own: a token's values do not depend on its neighbours.
+    Token,
+    /// One A per module, calibrated before training; deployment stores it as input_global_scale.
+    Static,
+}
+
+impl ActivationScale {
+    pub fn name(self) -> &'static str {
+        match self {
+            ActivationScale::Token => "token",
+            ActivationScale::Static => "static",
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct FakeQuantSection {
@@ -177,12 +196,16 @@ pub struct FakeQuantSection {
     pub weights: Option<Format>,
     /// Format of the activations; null = activations stay as they are.
     pub activations: Option<Format>,
+    /// null = token.
+    pub activation_scale: Option<ActivationScale>,
+    /// Training prompts that a static scale is calibrated on, from the first; null = 128.
+    pub calibration_prompts: Option<usize>,
     pub phases: PhaseSet,
     /// Only modules whose name matches one of these; null = every linear.
     pub target_modules: Option<Vec<String>>,
     pub exclude_modules: Vec<String>,
     pub exclude_layers: LayerSet,
-    /// q/k/v and gate/up share one tensor amax (two-level formats), as deployment needs it.
+    /// The weights of q/k/v and of gate/up share one tensor amax (two-level formats), as deployment needs it.
     pub share_tensor_scale: bool,
 }
 
@@ -192,12 +215,20 @@ impl Default for FakeQuantSection {
             enabled: false,
             weights: Some(Format::MXFP4),
             activations: None,
+            activation_scale: None,
+            calibration_prompts: None,
             phases: PhaseSet::ALL.without(InjectPhase::RefLogprobs),
             target_modules: None,
             exclude_modules: default_exclusions(),
             exclude_layers: LayerSet::Only(Default::default()),
             share_tensor_scale: true,
         }
+    }
+}
+
+impl FakeQuantSection {
+    pub fn calibration_prompts(&self) -> usize {
+        self.calibration_prompts.unwrap_or(128)
     }
 }
 

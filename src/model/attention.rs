@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use super::config::Qwen2Config;
 use super::kv_cache::{DecodeStep, KvCache};
 use super::linear::Linear;
+use super::linear_input::LinearInput;
 use super::pass::Pass;
 use crate::Result;
 
@@ -116,9 +117,10 @@ impl Attention {
     ) -> Result<Tensor> {
         let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
         let dim = config.head_dim as i64;
-        let q = rotary.apply(&self.q_proj.forward(x, pass)?.f_view([-1, heads, dim])?)?;
-        let k = rotary.apply(&self.k_proj.forward(x, pass)?.f_view([-1, kv_heads, dim])?)?;
-        let v = self.v_proj.forward(x, pass)?.f_view([-1, kv_heads, dim])?;
+        let input = LinearInput::new(x);
+        let q = rotary.apply(&self.q_proj.forward_shared(&input, pass)?.f_view([-1, heads, dim])?)?;
+        let k = rotary.apply(&self.k_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?)?;
+        let v = self.v_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
         let scale = 1.0 / (dim as f64).sqrt();
         let out = match attend {
             Attend::Full { layout, cache } => {

@@ -26,8 +26,8 @@ use crate::{Error, Result, bail_input, input_error};
 
 pub use resolve::resolve_model_path;
 pub use write::{
-    MAX_SHARD_BYTES, TensorBytes, TensorSpec, atomic_directory, atomic_file, copy_tokenizer_files, write_model_dir,
-    write_safetensors, write_safetensors_with, write_weights,
+    MAX_SHARD_BYTES, TensorBytes, TensorSink, TensorSpec, atomic_directory, atomic_file, copy_tokenizer_files,
+    write_model_dir, write_safetensors, write_safetensors_with, write_weights,
 };
 
 const SINGLE: &str = "model.safetensors";
@@ -107,6 +107,22 @@ impl Checkpoint {
     /// `Error::Input` when it is missing or of another dtype.
     pub fn tensor_f32(&self, name: &str) -> Result<Vec<f32>> {
         self.tensor(name)?.to_f32().map_err(|e| e.at(format!("{}: tensor {name}", self.path().display())))
+    }
+
+    /// Lets go of the memory that holds `data`, a part of a tensor's bytes, until it is read again: a process that
+    /// reads weights larger than its memory stays small.
+    pub fn release(&self, data: &[u8]) {
+        let start = data.as_ptr() as usize;
+        for file in &self.files {
+            let offset = start.wrapping_sub(file.map.as_ptr() as usize);
+            if offset < file.map.len() {
+                // SAFETY: the pages of a read-only map of a file come back from the file with the same bytes.
+                let advised =
+                    unsafe { file.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, data.len()) };
+                // Advice: where it is not taken, memory use is all that suffers.
+                let _ = advised;
+            }
+        }
     }
 
     /// The file that holds `name`, for messages.

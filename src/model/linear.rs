@@ -1,9 +1,10 @@
-//! A linear layer under the injection plan: fake-quantized weight, AQN on it, noisy products.
+//! A linear layer under the injection plan: fake-quantized weight and input, AQN on the weight, noisy products.
 
 use std::cell::RefCell;
 
 use tch::{Kind, Tensor};
 
+use super::linear_input::LinearInput;
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
@@ -90,10 +91,16 @@ impl Linear {
 
     /// x [tokens, in] -> [tokens, out].
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.forward_shared(&LinearInput::new(x), pass)
+    }
+
+    /// As [`Linear::forward`], where several linears read one input.
+    pub fn forward_shared(&self, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
+        let x = input.read(self.site.index, pass)?;
         let weight = self.site.weight(&self.weight, pass);
         let bias = self.bias.as_ref().map(Parameter::leaf);
         let call = self.site.call(pass, weight.size()[0] as usize);
-        noisy_linear(x, &weight, bias, self.weight.anchor(), &call)
+        noisy_linear(&x, &weight, bias, self.weight.anchor(), &call)
     }
 }
 
@@ -113,7 +120,8 @@ impl Head {
     pub fn logits(&self, weight: &Parameter, hidden: &Tensor, pass: &Pass) -> Result<Tensor> {
         let w = self.site.weight(weight, pass);
         let call = self.site.call(pass, w.size()[0] as usize);
-        noisy_linear::forward(hidden, &w, None, &call, true, Kind::Float)
+        let hidden = LinearInput::new(hidden).read(self.site.index, pass)?;
+        noisy_linear::forward(&hidden, &w, None, &call, true, Kind::Float)
     }
 
     /// Log-probability and entropy of `targets` i64 [tokens], differentiable where the pass is.
@@ -137,7 +145,8 @@ impl Head {
             }
             anchor => anchor,
         };
-        token_logprobs(hidden, &w, anchor, targets, temperature, &call)
+        let hidden = LinearInput::new(hidden).read(self.site.index, pass)?;
+        token_logprobs(&hidden, &w, anchor, targets, temperature, &call)
     }
 
     /// The head's own dW since the last call, if it is kept apart.

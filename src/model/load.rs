@@ -93,10 +93,12 @@ pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir
             TensorSpec::new(&p.name, stored, &shape)
         })
         .collect();
-    write_model_dir(dir, &config, tokenizer_dir, &specs, |index, bytes| {
+    write_model_dir(dir, &config, tokenizer_dir, &specs, |index, sink| {
         let parameter = parameters[index];
         let exact = parameter.master().unwrap_or_else(|| parameter.value().shallow_clone());
-        append_bytes(&exact.f_to_kind(kind_of(dtype))?, bytes)
+        let mut bytes = Vec::new();
+        append_bytes(&exact.f_to_kind(kind_of(dtype))?, &mut bytes)?;
+        sink.write(&bytes)
     })?;
     Ok(())
 }

@@ -2,12 +2,14 @@
 
 pub mod aqn;
 pub mod attention;
+pub mod calibration;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
 pub mod generate;
 pub mod kv_cache;
 pub mod linear;
+pub mod linear_input;
 pub mod load;
 pub mod logprobs;
 pub mod norm;

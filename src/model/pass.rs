@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::calibration::Calibration;
 use crate::Result;
 use crate::inject::injector::Injector;
 use crate::numerics::noise_key::{Phase, token_key};
@@ -19,6 +20,8 @@ pub struct Pass<'a> {
     pub microbatch_draw: u32,
     /// Compare every noised norm's output with its clean one (doubles the norms' cost).
     pub measure_norms: bool,
+    /// Told of every linear's input.
+    pub calibration: Option<&'a Calibration<'a>>,
     pub keys: RowKeys, // [rows]
 }
 
@@ -33,6 +36,7 @@ impl<'a> Pass<'a> {
             differentiable: false,
             microbatch_draw: 0,
             measure_norms: false,
+            calibration: None,
             keys,
         }
     }

@@ -36,7 +36,7 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
         // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one
         // describe weights that only validation quantizes.
         if weight.master().is_some() && trains {
-            injector.record_quant(*index, &error_sums(weight.value(), &quantized)?);
+            injector.record_quant(*index, format, &error_sums(weight.value(), &quantized)?);
         }
         site.set_quantized(quantized);
     }

@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::{Attend, Attention, Rotary};
 use super::config::Qwen2Config;
 use super::linear::{Head, Linear, Site};
+use super::linear_input::LinearInput;
 use super::norm::RmsNorm;
 use super::parameter::{Parameter, Role};
 use super::pass::Pass;
@@ -23,8 +24,9 @@ pub struct Mlp {
 
 impl Mlp {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let gate = self.gate_proj.forward(x, pass)?.f_silu()?;
-        self.down_proj.forward(&gate.f_mul(&self.up_proj.forward(x, pass)?)?, pass)
+        let input = LinearInput::new(x);
+        let gate = self.gate_proj.forward_shared(&input, pass)?.f_silu()?;
+        self.down_proj.forward(&gate.f_mul(&self.up_proj.forward_shared(&input, pass)?)?, pass)
     }
 }
 

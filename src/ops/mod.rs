@@ -8,4 +8,5 @@ pub mod fake_quant;
 pub mod matmul_error;
 pub mod noisy_linear;
 pub mod perturb;
+pub mod straight_through;
 pub mod token_logprobs;

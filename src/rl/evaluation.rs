@@ -43,7 +43,7 @@ impl Condition {
         let noisy =
             plan.matmul_phases.contains(InjectPhase::Validation) && plan.modules.iter().any(|m| m.matmul_error != 0.0);
         let quantized = plan.quant_phases.contains(InjectPhase::Validation)
-            && plan.modules.iter().any(|m| m.weight_format.is_some());
+            && plan.modules.iter().any(|m| m.weight_format.is_some() || m.activation_format.is_some());
         let mut all = vec![Condition::Clean];
         if noisy {
             all.push(Condition::Noisy);
@@ -64,6 +64,26 @@ impl Condition {
             fake_quant: matches!(self, Condition::Quantized | Condition::Deployed),
             ..Pass::injected(injector, Phase::Validation, RowKeys::new(Vec::new()))
         }
+    }
+}
+
+/// One validation: per condition the answers, in the order of the questions.
+pub struct Validation {
+    pub step: u64,
+    pub conditions: Vec<(Condition, Vec<Answer>)>,
+}
+
+impl Validation {
+    pub fn correct(&self, condition: Condition) -> Option<(u64, u64)> {
+        let (_, answers) = self.conditions.iter().find(|(c, _)| *c == condition)?;
+        Some((answers.iter().filter(|a| a.correct).count() as u64, answers.len() as u64))
+    }
+
+    /// The configuration's own full condition: the last one.
+    pub fn headline(&self) -> Option<(Condition, f64)> {
+        let (condition, _) = self.conditions.last()?;
+        let (correct, n) = self.correct(*condition)?;
+        Some((*condition, correct as f64 / n.max(1) as f64))
     }
 }
 

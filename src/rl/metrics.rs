@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
+use super::evaluation::Validation;
 use super::rollout::Rollout;
-use super::trainer::Validation;
 use super::update::UpdateSummary;
 use crate::inject::measured::StepInjection;
 

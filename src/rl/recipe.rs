@@ -45,6 +45,11 @@ impl Recipe {
         Ok(Injector::applying(plan.clone(), plan, self.rollout.group_size as u64))
     }
 
+    /// What a static activation scale is calibrated on: the first training prompts, whatever their order in an epoch.
+    pub fn calibration_prompts<'a>(&self, train: &'a [PreparedQuestion]) -> Vec<&'a [u32]> {
+        train.iter().take(self.fake_quant.calibration_prompts()).map(|q| q.prompt_ids.as_slice()).collect()
+    }
+
     /// Errors when the training set is smaller than one step.
     pub fn schedule(&self, training_questions: usize) -> Result<SigmaSchedule> {
         let steps_per_epoch = training_questions / self.data.prompts_per_step;

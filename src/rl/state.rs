@@ -3,12 +3,15 @@
 //! `trainer/master.safetensors`: f32 master weights; `trainer/optimizer.safetensors`: AdamW's moments;
 //! `trainer/state.json`: counters. Everything else follows from the configuration and the step (counter-based noise).
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use super::optimizer::{AdamW, AdamWCounters};
+use crate::inject::plan::InjectionPlan;
+use crate::model::calibration;
 use crate::model::checkpoint::{Checkpoint, StoredDtype, TensorBytes, TensorSpec, write_safetensors};
 use crate::model::load::{append_bytes, save_model, tensor_of};
 use crate::model::qwen2::Qwen2;
@@ -78,6 +81,13 @@ pub fn restore(checkpoint: &Path, model: &mut Qwen2, optimizer: &mut AdamW) -> R
     }
     optimizer.load_state(state.optimizer, tensors)?;
     Ok(state)
+}
+
+/// The calibrated activation scales that the run's checkpoints carry.
+pub fn restore_activation_amax(checkpoint: &Path, plan: &InjectionPlan) -> Result<BTreeMap<u32, f32>> {
+    calibration::read(checkpoint, plan)?.ok_or_else(|| {
+        input_error!("{}: no such file: the checkpoint is damaged", checkpoint.join(calibration::FILE).display())
+    })
 }
 
 fn write_f32(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {

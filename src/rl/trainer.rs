@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde_json::json;
 use tch::Device;
 
-use super::evaluation::{Answer, Condition, Evaluation};
+use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
 use super::optimizer::AdamW;
 use super::recipe::{PreparedQuestion, Recipe, epoch_order};
@@ -17,11 +17,11 @@ use crate::inject::injector::Injector;
 use crate::inject::measured::StepInjection;
 use crate::inject::plan::InjectionPlan;
 use crate::inject::schedule::SigmaSchedule;
-use crate::model::aqn;
 use crate::model::config::Qwen2Config;
 use crate::model::load::model_of_section;
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
+use crate::model::{aqn, calibration};
 use crate::numerics::generator::NOISE_VERSION;
 use crate::run::checkpoints::{CheckpointScore, CheckpointStore, Retention};
 use crate::run::console::Console;
@@ -54,26 +54,6 @@ pub struct Launch<'a> {
     pub resume: bool,
     pub console: &'a Console,
     pub interrupt: &'a Interrupt,
-}
-
-/// One validation: per condition the answers, in the order of the questions.
-pub struct Validation {
-    pub step: u64,
-    pub conditions: Vec<(Condition, Vec<Answer>)>,
-}
-
-impl Validation {
-    pub fn correct(&self, condition: Condition) -> Option<(u64, u64)> {
-        let (_, answers) = self.conditions.iter().find(|(c, _)| *c == condition)?;
-        Some((answers.iter().filter(|a| a.correct).count() as u64, answers.len() as u64))
-    }
-
-    /// The configuration's own full condition: the last one.
-    fn headline(&self) -> Option<(Condition, f64)> {
-        let (condition, _) = self.conditions.last()?;
-        let (correct, n) = self.correct(*condition)?;
-        Some((*condition, correct as f64 / n.max(1) as f64))
-    }
 }
 
 pub struct Outcome {
@@ -167,7 +147,7 @@ impl<'a> Run<'a> {
         dir: RunDir,
         mut model: Qwen2,
         reference: Option<Qwen2>,
-        injector: Injector,
+        mut injector: Injector,
         schedule: SigmaSchedule,
     ) -> Result<Run<'a>> {
         launch.console.log_to(&dir.file("console.log"))?;
@@ -178,8 +158,13 @@ impl<'a> Run<'a> {
         let store = CheckpointStore::open(dir.path(), retention)?;
         let mut optimizer = AdamW::new(recipe.optimizer.clone())?;
         let (state, resumed_after) = match dir.start() {
-            Start::Fresh => (TrainerState { step: 0, update_number: 0, optimizer: optimizer.counters() }, None),
+            Start::Fresh => {
+                let prompts = recipe.calibration_prompts(&workload.train);
+                injector.set_activation_amax(calibration::calibrate(&model, injector.plan(), &prompts)?);
+                (TrainerState { step: 0, update_number: 0, optimizer: optimizer.counters() }, None)
+            }
             Start::Resume { step, checkpoint } => {
+                injector.set_activation_amax(state::restore_activation_amax(checkpoint, injector.plan())?);
                 let state = state::restore(checkpoint, &mut model, &mut optimizer)?;
                 launch.console.note(&format!("resuming after step {step} from {}", checkpoint.display()));
                 (state, Some(*step))
@@ -390,6 +375,7 @@ impl<'a> Run<'a> {
             &self.optimizer,
             &self.state,
         )?;
+        calibration::write(pending.path(), &self.injector)?;
         // Only a score of this very step says how good this checkpoint is.
         let score = self.outcome.validations.last().filter(|v| v.step == step).and(self.last_score.clone());
         let path = pending.commit(score)?;

@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 49] = [
+const TABLE: [(&str, &[&str]); 54] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
@@ -44,6 +44,11 @@ const TABLE: [(&str, &[&str]); 49] = [
     ("noisy_ops: {phases: [forward, backwards]}", &["noisy_ops.phases: found `backwards`, expected all, or a list"]),
     ("noisy_ops: {layers: 17-14}", &["noisy_ops.layers: found `17-14`"]),
     ("fake_quant: {weights: mxfp5}", &["fake_quant.weights: ", "mxfp5", "nvfp4"]),
+    ("fake_quant: {activations: fp4}", &["fake_quant.activations: ", "fp4", "nvfp4"]),
+    (
+        "fake_quant: {activation_scale: tensor}",
+        &["fake_quant.activation_scale: found `tensor`, expected `token` or `static`"],
+    ),
     (
         "noise_injection: {layer_sigma_config: {layer_multipliers: {final: 1}}}",
         &["layer_multipliers.final: expected a layer number"],
@@ -75,9 +80,21 @@ const TABLE: [(&str, &[&str]); 49] = [
         "data: {train_limit: 100}",
         &["data.train_limit: 100 training rows are fewer than the data.prompts_per_step of 128"],
     ),
+    (
+        "fake_quant: {enabled: true, activations: mxfp4, activation_scale: static}",
+        &["fake_quant.activation_scale: found static with activations in mxfp4, which has no tensor scale"],
+    ),
+    (
+        "fake_quant: {enabled: true, activations: \"fp8:row\", activation_scale: static}",
+        &["found static with activations in fp8, which has no tensor scale"],
+    ),
+    (
+        "fake_quant: {activations: \"nvfp4:2d\"}",
+        &["fake_quant.activations: found nvfp4:2d, expected a format without 2d"],
+    ),
+    ("fake_quant: {calibration_prompts: 0}", &["fake_quant.calibration_prompts: found 0, expected 1 or more"]),
     ("name: a/b", &["name"]),
     // Known, not there yet.
-    ("fake_quant: {activations: nvfp4}", &["fake_quant.activations: ", "not available yet"]),
     ("algorithm: {advantage: dr_grpo}", &["algorithm.advantage: `dr_grpo` is known, but not available yet"]),
     ("reward: {kind: command}", &["reward.kind: `command` is known, but not available yet"]),
     ("model: {lora: {rank: 32}}", &["model", "duplicate"]),

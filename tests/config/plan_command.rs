@@ -108,3 +108,36 @@ fn the_table_shows_stages_and_modules() {
     let output = plan(&["--steps-per-epoch", "58", "-v"]);
     assert!(String::from_utf8(output.stdout).unwrap().contains("model.layers.27.mlp.down_proj"));
 }
+
+#[test]
+fn quantized_activations_are_shown() {
+    let set = |keys: &[&str], json: bool| {
+        let mut args = vec!["--steps-per-epoch", "58", "--set", "fake_quant.enabled=true"];
+        keys.iter().for_each(|key| args.extend(["--set", key]));
+        args.extend(json.then_some("--json"));
+        let output = plan(&args);
+        (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let w4a4 = ["fake_quant.weights=mxfp4:even", "fake_quant.activations=nvfp4"];
+    let (text, _) = set(&w4a4, false);
+    let row = text.lines().find(|line| line.contains("mlp.up_proj")).unwrap();
+    assert!(row.contains("mxfp4:even") && row.contains(" nvfp4"), "{row}");
+    let head = text.lines().find(|line| line.contains("lm_head")).unwrap();
+    assert!(!head.contains("nvfp4"), "{head}");
+    assert!(text.contains("activation scale token\n"), "{text}");
+
+    let scale = "fake_quant.activation_scale=static";
+    let (text, _) = set(&[w4a4[0], w4a4[1], scale, "fake_quant.calibration_prompts=7"], false);
+    assert!(text.contains("activation scale static, from the first 7 training prompts\n"), "{text}");
+    let (text, _) = set(&[w4a4[0], w4a4[1], scale], true);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["activation_scale"], "static");
+    let module =
+        json["modules"].as_array().unwrap().iter().find(|m| m["name"] == "model.layers.3.mlp.up_proj").unwrap();
+    assert_eq!((&module["weight_format"], &module["activation_format"]), (&"mxfp4:even".into(), &"nvfp4".into()));
+
+    let (_, notices) = set(&["fake_quant.weights=nvfp4", "fake_quant.share_tensor_scale=false"], false);
+    assert!(notices.contains("share_tensor_scale: false: q/k/v and gate/up have a tensor scale each"), "{notices}");
+    let (_, notices) = set(&[scale], false);
+    assert!(notices.contains("activation_scale: static: set, but no activations are quantized"), "{notices}");
+}

@@ -44,6 +44,8 @@ fn every_row_of_the_registry_resolves_to_what_it_says() {
         row("1d", 174, 196, Linear, (0.001, 1e-5, 18), 0.0, Some("mxfp4")),
         row("1e", 174, 57, Rmsnorm, (0.05, 5e-4, 18), 0.0, Some("mxfp4")),
         row("nvfp4", 174, 57, Rmsnorm, (0.05, 5e-4, 18), 0.0, Some("nvfp4")),
+        row("w4a4_mxfp4", 58, 0, Rmsnorm, off, 0.0, Some("mxfp4")),
+        row("w4a4_nvfp4", 58, 0, Rmsnorm, off, 0.0, Some("nvfp4")),
         row("e5", 116, 0, Rmsnorm, off, 0.05, None),
         row("e5a", 116, 57, Rmsnorm, (0.05, 5e-4, 12), 0.05, None),
         row("e5b", 116, 57, Rmsnorm, (0.05, 5e-4, 20), 0.05, None),
@@ -78,12 +80,24 @@ fn every_row_of_the_registry_resolves_to_what_it_says() {
             assert_eq!(module.matmul_error, if linear { row.error } else { 0.0 }, "{} {}", row.file, module.name);
             let format = module.weight_format.map(|f| f.to_string());
             assert_eq!(format.as_deref(), row.weights.filter(|_| linear), "{} {}", row.file, module.name);
+            let w4a4 = row.file.starts_with("w4a4");
+            assert_eq!(module.activation_format, module.weight_format.filter(|_| w4a4), "{} {}", row.file, module.name);
         }
         assert_eq!(config.optimizer.lr, 5e-7);
         assert_eq!(
             (config.rollout.group_size, config.data.prompts_per_step / config.trainer.minibatch_prompts),
             (5, 4)
         );
+    }
+}
+
+/// "off or AQN": the W4A4 files carry mxfp4_aqn's schedule, switched off.
+#[test]
+fn w4a4_takes_aqn_with_one_key() {
+    for name in ["w4a4_mxfp4", "w4a4_nvfp4"] {
+        let on = ["noise_injection.enabled=true".to_string()];
+        let config = temper::config::load(&super::registry_file(&format!("{name}.yaml")), &on).unwrap();
+        assert_eq!(config.noise_injection, load("mxfp4_aqn.yaml").noise_injection);
     }
 }
 

@@ -1,6 +1,7 @@
 //! The program as its users meet it: through the binary, from YAML to checkpoint, killed, interrupted and misused.
 #![allow(clippy::unwrap_used)]
 
+mod activation_scales;
 mod bad_input;
 mod outputs;
 mod registry_minis;

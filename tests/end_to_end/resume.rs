@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use crate::support::{assert_same_run, config, files, names, rows, run_dir, stderr_of, succeed, temper, train_args};
 
 /// Two configurations that together touch everything a resume must bring back: f32 and bf16 weights, moments, the KL
-/// reference, AQN on norms and on linears, stochastically quantized weights, both draw modes, warm-up, skipping epochs' orders.
+/// reference, AQN on norms and on linears, stochastically quantized weights, activations with calibrated scales, both draw modes,
+/// warm-up, skipping epochs' orders.
 const F32: &str = "
 trainer: {save_every: 1, val_every: 3, keep_last: 2, keep_best: 1}
 algorithm: {kl_coef: 0.05}
@@ -20,7 +21,7 @@ algorithm: {kl_coef: 0.05, kl_estimator: k1}
 reward: {mode: numeric}
 noisy_ops: {draw: shared, dw_draw: per_microbatch}
 noise_injection: {layer_types: [rmsnorm, linear], apply_to: rollout_and_update}
-fake_quant: {enabled: true, weights: 'mxfp4:sr'}";
+fake_quant: {enabled: true, weights: 'mxfp4:sr', activations: nvfp4, activation_scale: static, calibration_prompts: 5}";
 const KILLS: usize = 24;
 
 #[test]

@@ -179,10 +179,10 @@ fn sharded(change: impl FnOnce(&Path), expected: &str) {
                 .iter()
                 .map(|(name, shape)| TensorSpec::new(name, StoredDtype::F32, shape))
                 .collect();
-            write_weights(dir, &specs, 150_000, |index, bytes| {
+            write_weights(dir, &specs, 150_000, |index, sink| {
                 let count = specs[index].shape.iter().product();
-                bytes.extend(values(index, count).iter().flat_map(|v| v.to_le_bytes()));
-                Ok(())
+                let bytes: Vec<u8> = values(index, count).iter().flat_map(|v| v.to_le_bytes()).collect();
+                sink.write(&bytes)
             })
             .unwrap();
             change(dir);

@@ -75,10 +75,10 @@ pub fn values(index: usize, count: usize) -> Vec<f32> {
 pub fn write_model(dir: &Path, config: &Qwen2Config) {
     let specs: Vec<TensorSpec> =
         config.parameter_shapes().iter().map(|(name, shape)| TensorSpec::new(name, StoredDtype::F32, shape)).collect();
-    write_model_dir(dir, config, None, &specs, |index, bytes| {
+    write_model_dir(dir, config, None, &specs, |index, sink| {
         let count = specs[index].shape.iter().product();
-        bytes.extend(values(index, count).iter().flat_map(|v| v.to_le_bytes()));
-        Ok(())
+        let bytes: Vec<u8> = values(index, count).iter().flat_map(|v| v.to_le_bytes()).collect();
+        sink.write(&bytes)
     })
     .unwrap();
 }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use temper::Error;
 use temper::model::checkpoint::{
-    Checkpoint, StoredDtype, TensorBytes, TensorSpec, atomic_directory, write_safetensors, write_weights,
+    Checkpoint, StoredDtype, TensorBytes, TensorSink, TensorSpec, atomic_directory, write_safetensors, write_weights,
 };
 use temper::model::config::Qwen2Config;
 
@@ -66,10 +66,7 @@ fn shards_hold_what_one_file_holds() {
     let dir = tempfile::tempdir().unwrap();
     let names = ["e", "d", "c", "b", "a"];
     let specs: Vec<TensorSpec> = names.iter().map(|n| spec(n, StoredDtype::F32, &[2, 4])).collect();
-    let fill = |index: usize, bytes: &mut Vec<u8>| {
-        bytes.extend([index as u8; 32]);
-        Ok(())
-    };
+    let fill = |index: usize, sink: &mut TensorSink| sink.write(&[index as u8; 32]);
     write_weights(dir.path(), &specs, 64, fill).unwrap();
     assert_eq!(
         listing(dir.path()),
@@ -93,8 +90,8 @@ fn shards_hold_what_one_file_holds() {
 fn a_failed_write_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let specs = [spec("a", StoredDtype::U8, &[4]), spec("b", StoredDtype::U8, &[4])];
-    let fail = |index: usize, bytes: &mut Vec<u8>| {
-        bytes.extend([0; 4]);
+    let fail = |index: usize, sink: &mut TensorSink| {
+        sink.write(&[0; 4])?;
         if index == 1 { Err(Error::Runtime("no more".into())) } else { Ok(()) }
     };
     assert!(write_weights(dir.path(), &specs, 1 << 20, fail).is_err());

@@ -55,7 +55,7 @@ fn noisy_call(number: u32) -> NoisyLinearCall {
 }
 
 /// The definition, element by element: y [rows, cols] clean.
-fn with_error(y: &[f32], cols: usize, draw: &ErrorDraw, keys: &RowKeys) -> Vec<f32> {
+pub fn with_error(y: &[f32], cols: usize, draw: &ErrorDraw, keys: &RowKeys) -> Vec<f32> {
     let element = |(i, y): (usize, &f32)| {
         let z = normal(draw.seed, draw.stream, keys.host()[i / cols], (i % cols) as u32);
         y.abs().mul_add(draw.scale * z, *y)
@@ -105,7 +105,7 @@ impl Layer {
     }
 }
 
-fn assert_close(got: &[f32], want: &[f32], what: &str) {
+pub fn assert_close(got: &[f32], want: &[f32], what: &str) {
     let scale = want.iter().fold(0f32, |m, v| m.max(v.abs()));
     let difference = largest_difference(got, want);
     assert!(difference <= 2e-6 * scale, "{what}: {difference} of {scale}");
@@ -242,9 +242,10 @@ fn the_whole_model_is_straight_through() {
         let plan = InjectionPlan::resolve(&Default::default(), &NoisyOpsSection::default(), quant, &modules, SEED);
         injector_of(plan.unwrap())
     };
-    for format in ["mxfp4", "nvfp4"] {
+    for (format, share_tensor_scale) in [("mxfp4", true), ("nvfp4", true), ("nvfp4", false)] {
         let format: Format = format.parse().unwrap();
-        let quant = FakeQuantSection { enabled: true, weights: Some(format), ..FakeQuantSection::default() };
+        let weights = Some(format);
+        let quant = FakeQuantSection { enabled: true, weights, share_tensor_scale, ..FakeQuantSection::default() };
         let quantizing = trainable(model(true));
         let injector = resolve(&quant, &quantizing);
         let mut rounded = model(true);
@@ -253,7 +254,8 @@ fn the_whole_model_is_straight_through() {
         let weights: Vec<(String, Tensor)> = planned
             .map(|(_, module)| {
                 let Module::Linear(_, weight) = module else { panic!("a linear") };
-                let amax = fused_amax(&rounded, &weight.name).filter(|_| format == Format::NVFP4);
+                let shares = share_tensor_scale && format == Format::NVFP4;
+                let amax = fused_amax(&rounded, &weight.name).filter(|_| shares);
                 let scale = amax.map_or(TensorScale::Tensor, TensorScale::Amax);
                 (weight.name.clone(), fake_quant(weight.value(), format, scale, None).unwrap())
             })
@@ -269,7 +271,7 @@ fn the_whole_model_is_straight_through() {
         let want = gradients_under(&rounded, &resolve(&FakeQuantSection::default(), &rounded));
         for ((parameter, got), want) in quantizing.parameters().iter().zip(&got).zip(&want) {
             assert!(want.iter().any(|g| *g != 0.0), "{}", parameter.name);
-            assert_eq!(bits(got), bits(want), "{format}: {}", parameter.name);
+            assert_eq!(bits(got), bits(want), "{format}, shared {share_tensor_scale}: {}", parameter.name);
         }
     }
 }

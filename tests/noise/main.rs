@@ -2,6 +2,8 @@
 //! weight, and that a run notices when something else was injected than planned. numerics.md sections 4, 5 and 7.
 #![allow(clippy::unwrap_used)]
 
+mod activations;
+mod activations_model;
 mod aqn;
 mod backward;
 mod bridge;

@@ -8,9 +8,10 @@ use tch::Device;
 use temper::data::generated::Split;
 use temper::inject::plan::InjectionPlan;
 use temper::inject::section::{
-    FakeQuantSection, InjectPhase, LayerSigmaConfig, LayerType, NoiseInjectionSection, NoisyOpsSection, PhaseSet,
-    ScheduleKind,
+    ActivationScale, FakeQuantSection, InjectPhase, LayerSigmaConfig, LayerType, NoiseInjectionSection,
+    NoisyOpsSection, PhaseSet, ScheduleKind,
 };
+use temper::numerics::format::Format;
 use temper::rl::recipe::Recipe;
 use temper::rl::section::KlEstimator;
 use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
@@ -82,6 +83,21 @@ fn small_quantized() -> Recipe {
     recipe
 }
 
+/// nvfp4 weights and activations with calibrated scales, in every phase.
+fn small_w4a4() -> Recipe {
+    let mut recipe = small();
+    let nvfp4 = Some(Format::NVFP4);
+    recipe.fake_quant = FakeQuantSection {
+        enabled: true,
+        weights: nvfp4,
+        activations: nvfp4,
+        activation_scale: Some(ActivationScale::Static),
+        phases: PhaseSet::ALL,
+        ..FakeQuantSection::default()
+    };
+    recipe
+}
+
 fn disagreements(recipe: &Recipe, change: impl Fn(&mut InjectionPlan)) -> (u64, Vec<u64>) {
     let dir = tempfile::tempdir().unwrap();
     let outcome = train(recipe, dir.path(), |plan| {
@@ -105,6 +121,7 @@ fn assert_noticed(recipe: &Recipe, change: impl Fn(&mut InjectionPlan)) {
 fn what_was_planned_agrees() {
     assert_eq!(disagreements(&small(), |_| {}), (0, vec![0; 4]));
     assert_eq!(disagreements(&small_quantized(), |_| {}), (0, vec![0; 4]));
+    assert_eq!(disagreements(&small_w4a4(), |_| {}), (0, vec![0; 4]));
 }
 
 /// Validation is measured by nobody, so noise or quantization for it alone is not missed in training.
@@ -115,6 +132,9 @@ fn injection_for_validation_alone_raises_no_alarm() {
     recipe.noisy_ops.phases = only;
     assert_eq!(disagreements(&recipe, |_| {}), (0, vec![0; 4]));
     let mut recipe = small_quantized();
+    recipe.fake_quant.phases = only;
+    assert_eq!(disagreements(&recipe, |_| {}), (0, vec![0; 4]));
+    let mut recipe = small_w4a4();
     recipe.fake_quant.phases = only;
     assert_eq!(disagreements(&recipe, |_| {}), (0, vec![0; 4]));
 }
@@ -173,6 +193,26 @@ fn missing_quantization_is_noticed() {
     assert_noticed(&recipe, |plan| {
         plan.modules.iter_mut().filter(|m| m.name == name).for_each(|m| m.weight_format = None)
     });
+}
+
+#[test]
+fn dropped_activations_are_noticed() {
+    let recipe = small_w4a4();
+    let name = "model.layers.3.mlp.down_proj";
+    assert_noticed(&recipe, |plan| plan.modules.iter_mut().for_each(|m| m.activation_format = None));
+    assert_noticed(&recipe, |plan| {
+        plan.modules.iter_mut().filter(|m| m.name == name).for_each(|m| m.activation_format = None)
+    });
+    assert_noticed(&recipe, |plan| plan.quant_phases = PhaseSet::ALL.without(InjectPhase::OldLogprobs));
+}
+
+#[test]
+fn another_format_or_scale_is_noticed() {
+    let recipe = small_w4a4();
+    let single = Some(Format::NVFP4_SINGLE_LEVEL);
+    assert_noticed(&recipe, |plan| plan.modules[2].weight_format = single);
+    assert_noticed(&recipe, |plan| plan.modules[2].activation_format = single);
+    assert_noticed(&recipe, |plan| plan.activation_scale = ActivationScale::Token);
 }
 
 #[test]

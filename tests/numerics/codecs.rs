@@ -1,6 +1,6 @@
 //! Every code, and every bf16 input against nearest search.
 
-use temper::numerics::{e2m1, e4m3, e8m0};
+use temper::numerics::{e2m1, e4m3, e8m0, original};
 
 #[test]
 fn e2m1_codes_round_trip() {
@@ -42,10 +42,11 @@ fn e8m0_bytes_are_powers_of_two() {
     assert!(e8m0::decode(255).is_nan());
 }
 
-/// The code whose value is nearest; of two equally near, the even one.
-fn nearest(x: f64, codes: u8, decode: fn(u8) -> f32) -> u8 {
+/// The code whose value is nearest; of two equally near, the one that `preferred` puts first.
+fn nearest<K: Ord>(x: f64, codes: u8, decode: fn(u8) -> f32, preferred: impl Fn(u8) -> K) -> u8 {
     let distance = |code: u8| (decode(code) as f64 - x.abs()).abs();
-    (0..codes).min_by(|&a, &b| distance(a).total_cmp(&distance(b)).then((a & 1).cmp(&(b & 1)))).unwrap()
+    let order = |a: &u8, b: &u8| distance(*a).total_cmp(&distance(*b)).then(preferred(*a).cmp(&preferred(*b)));
+    (0..codes).min_by(order).unwrap()
 }
 
 #[test]
@@ -53,12 +54,16 @@ fn all_bf16_inputs_round_to_the_nearest_code() {
     for bits in 0..=u16::MAX {
         let x = half::bf16::from_bits(bits).to_f32();
         if x.is_nan() {
+            assert_eq!([e2m1::encode(x), original::encode_ties_away(x), e4m3::encode(x)], [7, 7, 0x7F]);
             continue;
         }
         let sign = x.is_sign_negative() as u8;
         let clamped = x.clamp(-1e4, 1e4) as f64;
-        assert_eq!(e2m1::encode(x), sign << 3 | nearest(clamped, 8, e2m1::decode), "{x}");
-        assert_eq!(e4m3::encode(x), sign << 7 | nearest(clamped, 0x7F, e4m3::decode), "{x}");
+        let e2m1_code = |preferred: fn(u8) -> u8| sign << 3 | nearest(clamped, 8, e2m1::decode, preferred);
+        assert_eq!(e2m1::encode(x), e2m1_code(|code| code & 1), "{x}");
+        assert_eq!(original::encode_ties_away(x), e2m1_code(|code| 7 - code), "{x} away from zero");
+        assert_eq!(original::encode_ties_toward_zero(x), e2m1_code(|code| code), "{x} toward zero");
+        assert_eq!(e4m3::encode(x), sign << 7 | nearest(clamped, 0x7F, e4m3::decode, |code| code & 1), "{x}");
     }
 }
 

@@ -73,7 +73,7 @@ fn single_level_reproduces_the_originals_figures() {
 #[test]
 fn the_other_formats() {
     for (format, sqnr_db, tolerance) in
-        [("nvfp4:2d", 19.07, 0.03), ("nvfp4:4over6", 21.2, 0.05), ("mxfp8", 30.6, 0.1), ("fp8:tensor", 31.5, 0.05)]
+        [("nvfp4:2d", 19.07, 0.03), ("nvfp4:4over6", 21.2, 0.05), ("mxfp8", 30.6, 0.1), ("fp8:tensor", 31.5, 0.1)]
     {
         assert_near(measure(format, 1.0).sqnr_db, sqnr_db, tolerance);
     }

@@ -65,7 +65,7 @@ pub fn expected() -> Option<&'static Expected> {
 }
 
 fn make_models() -> Option<Expected> {
-    if let Err(reason) = python_is_usable() {
+    if let Err(reason) = python_has("torch, transformers, safetensors") {
         println!("skipped: {reason}");
         return None;
     }
@@ -84,14 +84,16 @@ pub fn python(script: &str, args: &[&str]) -> Output {
     python_command().arg(script).args(args).output().unwrap()
 }
 
-fn python_is_usable() -> Result<(), String> {
-    let check = python_command().args(["-c", "import torch, transformers, safetensors"]).output();
+/// Whether the oracle's Python can import `modules` (separated by commas); else why not.
+pub fn python_has(modules: &str) -> Result<(), String> {
+    let check = python_command().args(["-c", &format!("import {modules}")]).output();
     match check {
-        Err(error) => Err(format!("no Python for the transformers oracle ({error}); set TEMPER_PYTHON")),
+        Err(error) => Err(format!("no Python with {modules} ({error}); set TEMPER_PYTHON")),
         Ok(output) if output.status.success() => Ok(()),
         Ok(output) => {
             let text = String::from_utf8_lossy(&output.stderr).trim().to_string();
-            Err(format!("no transformers oracle ({}); set TEMPER_PYTHON", text.lines().last().unwrap_or("")))
+            let reason = text.lines().last().unwrap_or("").to_string();
+            Err(format!("no Python with {modules} ({reason}); set TEMPER_PYTHON"))
         }
     }
 }

@@ -1,6 +1,7 @@
-//! Live parity with transformers: log-probs, greedy tokens, gradients, and directories it can load.
+//! Live parity with public libraries: transformers (log-probs, greedy tokens, gradients, directories it can load);
+//! compressed-tensors, torchao and ml_dtypes (quantized values on fresh random inputs).
 //!
-//! The expected values are made on the spot by make_models.py in a Python that has torch and transformers:
+//! The expected values are made on the spot by this directory's scripts in a Python that has the libraries:
 //! `$TEMPER_PYTHON`, else `.venv/bin/python`. Without one, and where ../shared is absent, the tests that need them
 //! skip and say so.
 #![allow(clippy::unwrap_used)]
@@ -8,4 +9,7 @@
 mod commands;
 mod expected;
 mod library;
+mod quantizer_inputs;
+mod quantizer_quirks;
+mod quantizers;
 mod written;

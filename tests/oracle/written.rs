@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use temper::model::checkpoint::{Checkpoint, TensorSpec, write_model_dir, write_weights};
+use temper::model::checkpoint::{Checkpoint, TensorSink, TensorSpec, write_model_dir, write_weights};
 use temper::model::config::Qwen2Config;
 
 use crate::commands::{comma_separated, score};
@@ -37,10 +37,7 @@ fn a_written_directory_loads_in_transformers() {
         let config = Qwen2Config::from_dir(&source).unwrap();
         let views: Vec<_> = checkpoint.names().map(|n| (n, checkpoint.tensor(n).unwrap())).collect();
         let specs: Vec<_> = views.iter().map(|(n, v)| TensorSpec::new(*n, v.dtype, v.shape)).collect();
-        let fill = |i: usize, buffer: &mut Vec<u8>| {
-            buffer.extend_from_slice(views[i].1.data);
-            Ok(())
-        };
+        let fill = |i: usize, sink: &mut TensorSink| sink.write(views[i].1.data);
         write_model_dir(&dir, &config, Some(&source), &specs, fill).unwrap();
         if max_shard_bytes != u64::MAX {
             std::fs::remove_file(dir.join("model.safetensors")).unwrap();

@@ -4,13 +4,18 @@
 use super::*;
 use crate::inject::measured::{MatmulDirection, StepInjection};
 use crate::inject::plan::{InjectionPlan, ModuleKind, ModulePlan, qwen2_modules};
-use crate::inject::section::{FakeQuantSection, LayerSigmaConfig, NoiseInjectionSection, NoisyOpsSection, PhaseSet};
+use crate::inject::section::{
+    ActivationScale, FakeQuantSection, LayerSigmaConfig, NoiseInjectionSection, NoisyOpsSection, PhaseSet,
+};
 use crate::numerics::error_law::NoiseSums;
+use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorErrorSums;
 use serde_json::json;
 
 const HIDDEN: u64 = 64;
 const SIGMA: f64 = 0.01;
+const MXFP4: Format = Format::MXFP4;
+const NVFP4: Format = Format::NVFP4;
 
 /// E9b's shape: 1.5 on layer 1, 0 on layer 2, 1.0 elsewhere.
 fn plan() -> InjectionPlan {
@@ -156,12 +161,76 @@ fn quantization_that_did_not_happen_disagrees() {
     let mut measured = Measured::new(&plan);
     let quantized: Vec<u32> = plan.modules.iter().filter(|m| m.weight_format.is_some()).map(|m| m.index).collect();
     for &index in &quantized {
-        measured.record_quant(index, &TensorErrorSums { x_sq: 100.0, error_sq: 1.0, ..Default::default() });
+        measured.record_quant(index, MXFP4, &TensorErrorSums { x_sq: 100.0, error_sq: 1.0, ..Default::default() });
     }
     let report = measured.finish_step(1, 0.0);
     assert!(report.disagreements.is_empty());
     assert_eq!(report.summary["quant/sqnr_db"], 20.0);
-    measured.record_quant(quantized[0], &TensorErrorSums { x_sq: 100.0, ..Default::default() });
+    measured.record_quant(quantized[0], MXFP4, &TensorErrorSums { x_sq: 100.0, ..Default::default() });
     assert_eq!(measured.finish_step(2, 0.0).disagreements.len(), 1);
+    measured.record_quant(quantized[0], NVFP4, &TensorErrorSums { x_sq: 100.0, error_sq: 1.0, ..Default::default() });
+    let report = measured.finish_step(3, 0.0);
+    let q_proj = "model.layers.0.self_attn.q_proj";
+    assert_eq!(report.disagreements, [format!("fake_quant: {q_proj}: planned mxfp4, but it was quantized to nvfp4")]);
+    let quant = &report.rows[0]["quant"];
+    assert_eq!((&quant["planned"], &quant["format"]), (&json!("mxfp4"), &json!("nvfp4")));
     assert_eq!(Measured::new(&plan).finish_step(1, 0.0).disagreements.len(), quantized.len());
+}
+
+/// Inputs of linears: each phase of training and each module, the format and the kind of scale.
+#[test]
+fn activations_that_were_not_quantized_as_planned_disagree() {
+    let quant = FakeQuantSection { enabled: true, activations: Some(NVFP4), weights: None, ..Default::default() };
+    let modules = qwen2_modules(1, 64, 128, 4, 2, 16, 100);
+    let off = (NoiseInjectionSection::default(), NoisyOpsSection::default());
+    let plan = InjectionPlan::resolve(&off.0, &off.1, &quant, &modules, 0).unwrap();
+    let good = TensorErrorSums { x_sq: 1000.0, error_sq: 10.0, elements: 640, ..Default::default() };
+    // One step in which `change` may alter what the input of (module, phase) got; None leaves it out.
+    type Got = Option<(Format, ActivationScale, TensorErrorSums)>;
+    let step = |change: &dyn Fn(&str, InjectPhase) -> Got| {
+        let mut measured = Measured::new(&plan);
+        for module in plan.modules.iter().filter(|m| m.kind == ModuleKind::Linear && m.name != "lm_head") {
+            for phase in [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward] {
+                assert!(measured.awaits_activation(module.index, phase));
+                if let Some((format, scale, sums)) = change(&module.name, phase) {
+                    measured.record_activation(module.index, phase, format, scale, &sums);
+                    assert!(!measured.awaits_activation(module.index, phase));
+                }
+            }
+        }
+        measured.finish_step(1, 0.0)
+    };
+    let (token, fixed) = (ActivationScale::Token, ActivationScale::Static);
+    let report = step(&|_, _| Some((NVFP4, token, good)));
+    assert_eq!(report.disagreements, Vec::<String>::new());
+    assert_eq!(report.rows.len(), 7);
+    let entry = &report.rows[0]["quant_activations"];
+    assert_eq!((&entry["planned"], &entry["rollout"]["format"]), (&json!("nvfp4"), &json!("nvfp4")));
+    assert_eq!((&entry["forward"]["sqnr_db"], &entry["forward"]["scale"]), (&json!(20.0), &json!("token")));
+    assert_eq!((&entry["old_logprobs"]["n"], entry.get("dx")), (&json!(640), None));
+    assert_eq!(report.summary["quant/activation_sqnr_db"], 20.0);
+
+    assert_eq!(step(&|_, _| None).disagreements.len(), 7 * 3);
+    let one = |d: StepInjection| {
+        assert_eq!(d.disagreements.len(), 1, "{:?}", d.disagreements);
+        d.disagreements[0].clone()
+    };
+    let is = |name: &str, phase| name.ends_with("up_proj") && phase == InjectPhase::Forward;
+    let up = "fake_quant: input of model.layers.0.mlp.up_proj (forward): planned";
+    let dropped = step(&|n, p| if is(n, p) { None } else { Some((NVFP4, token, good)) });
+    assert_eq!(one(dropped), format!("{up} nvfp4, but it was not quantized"));
+    let other = step(&|n, p| Some((if is(n, p) { MXFP4 } else { NVFP4 }, token, good)));
+    assert_eq!(one(other), format!("{up} nvfp4, but it was quantized to mxfp4"));
+    let scaled = step(&|n, p| Some((NVFP4, if is(n, p) { fixed } else { token }, good)));
+    assert_eq!(one(scaled), format!("{up} scale token, applied static"));
+    let exact = TensorErrorSums { error_sq: 0.0, ..good };
+    let unchanged = step(&|n, p| Some((NVFP4, token, if is(n, p) { exact } else { good })));
+    assert_eq!(one(unchanged), format!("{up} nvfp4, but it did not change"));
+
+    let mut measured = Measured::new(&InjectionPlan { quant_phases: PhaseSet::EMPTY, ..plan.clone() });
+    measured.record_activation(2, InjectPhase::RefLogprobs, NVFP4, token, &good);
+    assert!(
+        one(measured.finish_step(1, 0.0))
+            .ends_with("q_proj (ref_logprobs): planned none, but it was quantized to nvfp4")
+    );
 }

@@ -1,32 +1,28 @@
 //! Fake-quantizes the weights of a checkpoint: the same names, shapes and dtypes, other values.
 //!
-//! Quantized: every floating tensor of two or more dimensions, over its last one ([.., K] seen as [rows, K]),
-//! unless a component of its name is excluded; values are rounded once to the stored dtype. q/k/v and gate/up of one layer share a tensor amax, as they do in
-//! training (numerics.md section 2, fused siblings); every other tensor has its own.
+//! Quantized: every floating tensor of two or more dimensions, over its last one ([.., K] seen as [rows, K]), unless a
+//! component of its name is excluded; values are rounded once to the stored dtype. q/k/v and gate/up of one layer
+//! share a tensor amax, as they do in training (numerics.md section 2, fused siblings); every other tensor has its
+//! own. Rows stream through in pieces (pieces.rs): memory does not grow with the tensor.
+
+mod pieces;
 
 use std::collections::BTreeMap;
 
-use half::{bf16, f16};
-use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Checkpoint, StoredDtype, TensorSpec, TensorView, is_readable_float};
-use crate::numerics::block_format::{RoundingDraw, TensorScale};
+use super::{Checkpoint, StoredDtype, TensorSink, TensorSpec, is_readable_float};
+use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::Format;
-use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
-use crate::numerics::tensor_error::{TensorError, TensorErrorSums};
-use crate::ops::cpu::fake_quant::FakeQuantStats;
-use crate::ops::cpu::fake_quant_general::{Storage, fake_quant_into, tensor_amax};
+use crate::numerics::tensor_error::TensorError;
 use crate::{Result, bail_input};
+use pieces::Pieces;
 
 /// Names of modules that stay as they are unless a user says otherwise.
 pub const DEFAULT_EXCLUDED: [&str; 2] = ["lm_head", "embed_tokens"];
 
 /// Projections that deployed kernels fuse, and that therefore share one tensor scale.
 const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
-
-/// Elements of one partial sum of metrics: fixed, so that they do not depend on the thread count.
-const SUM_ELEMENTS: usize = 1 << 16;
 
 /// What quantization did to one tensor.
 #[derive(Clone, Debug, Serialize)]
@@ -94,26 +90,34 @@ impl<'a> Quantizer<'a> {
         self.quantized.iter().filter(|q| **q).count()
     }
 
-    /// Appends the bytes of tensor `index` to `bytes`; what was done, or `None` for a copy.
-    pub fn fill(&self, index: usize, bytes: &mut Vec<u8>) -> Result<Option<QuantizedTensor>> {
+    /// Writes tensor `index`; what was done, or `None` for a copy. `progress` gets the bytes of each piece read; its
+    /// error ends the work.
+    pub fn fill(
+        &self,
+        index: usize,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>> {
         let spec = &self.specs[index];
         let tensor = self.checkpoint.tensor(&spec.name)?;
+        let pieces = Pieces { checkpoint: self.checkpoint, tensor, format: self.format };
         if !self.quantized[index] {
-            bytes.extend_from_slice(tensor.data);
+            pieces.copy(sink, progress)?;
             return Ok(None);
         }
         let scale = match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
             Some(&amax) => TensorScale::Amax(amax),
+            None if self.format.has_tensor_scale() => TensorScale::Amax(pieces.amax()?),
             None => TensorScale::Tensor,
         };
-        let (x, q, stats) = fake_quantized(&tensor, index as u32, self.format, scale, bytes)?;
+        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, scale, sink, progress)?;
         Ok(Some(QuantizedTensor {
             name: spec.name.clone(),
             format: self.format,
             dtype: spec.dtype.to_string(),
             shape: spec.shape.clone(),
-            error: error_sums(&x, &q, stats.saturated).finish(),
-            nonfinite_blocks: stats.nonfinite_blocks,
+            error: sums.finish(),
+            nonfinite_blocks,
         }))
     }
 
@@ -123,7 +127,7 @@ impl<'a> Quantizer<'a> {
                 continue;
             };
             let tensor = self.checkpoint.tensor(&spec.name)?;
-            let amax = tensor_amax(&tensor.to_f32()?, last_dimension(&tensor), self.format);
+            let amax = Pieces { checkpoint: self.checkpoint, tensor, format: self.format }.amax()?;
             let shared = self.shared_amax.entry(group).or_insert(0.0);
             *shared = shared.max(amax);
         }
@@ -149,61 +153,6 @@ pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
         saturation_ratio: mean(|e| e.saturation_ratio),
         gain: mean(|e| e.gain),
     }
-}
-
-/// x and q as f32; the bytes of q in the stored dtype go to `bytes`.
-fn fake_quantized(
-    tensor: &TensorView,
-    index: u32,
-    format: Format,
-    scale: TensorScale,
-    bytes: &mut Vec<u8>,
-) -> Result<(Vec<f32>, Vec<f32>, FakeQuantStats)> {
-    let cols = last_dimension(tensor);
-    let rows = tensor.elements() / cols;
-    // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
-    let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
-    let keys: Vec<u64> =
-        if format.rounding.is_stochastic() { (0..rows as u32).map(|row| row_key(0, row)).collect() } else { vec![] };
-    let draw = RoundingDraw { seed: 0, stream, row_keys: &keys };
-    let x = tensor.to_f32()?;
-    let (q, stats) = match tensor.dtype {
-        StoredDtype::BF16 => stored_as::<bf16, 2>(&x, rows, cols, format, scale, &draw, bf16::to_le_bytes, bytes),
-        StoredDtype::F16 => stored_as::<f16, 2>(&x, rows, cols, format, scale, &draw, f16::to_le_bytes, bytes),
-        _ => stored_as::<f32, 4>(&x, rows, cols, format, scale, &draw, f32::to_le_bytes, bytes),
-    };
-    Ok((x, q, stats))
-}
-
-/// q as f32, of x that came from dtype `T` (which narrows it back exactly).
-fn stored_as<T: Storage + Default, const BYTES: usize>(
-    x: &[f32],
-    rows: usize,
-    cols: usize,
-    format: Format,
-    scale: TensorScale,
-    draw: &RoundingDraw,
-    to_bytes: fn(T) -> [u8; BYTES],
-    bytes: &mut Vec<u8>,
-) -> (Vec<f32>, FakeQuantStats) {
-    let (mut stored, mut out, mut q) = (vec![T::default(); x.len()], vec![T::default(); x.len()], vec![0.0; x.len()]);
-    T::narrow(x, &mut stored);
-    let stats = fake_quant_into(&stored, rows, cols, format, scale, Some(draw), &mut out);
-    bytes.extend(out.iter().flat_map(|&v| to_bytes(v)));
-    T::widen(&out, &mut q);
-    (q, stats)
-}
-
-fn error_sums(x: &[f32], q: &[f32], saturated: usize) -> TensorErrorSums {
-    let parts: Vec<TensorErrorSums> =
-        x.par_chunks(SUM_ELEMENTS).zip(q.par_chunks(SUM_ELEMENTS)).map(|(x, q)| TensorErrorSums::of(x, q, 0)).collect();
-    let mut sums = TensorErrorSums { saturated: saturated as u64, ..Default::default() };
-    parts.iter().for_each(|part| sums.merge(part));
-    sums
-}
-
-fn last_dimension(tensor: &TensorView) -> usize {
-    tensor.shape.last().copied().unwrap_or(1)
 }
 
 /// `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.self_attn.q_proj`: the group's first sibling.

@@ -54,33 +54,43 @@ impl TensorSpec {
     }
 }
 
+/// Takes the bytes of one tensor, in order.
+pub struct TensorSink<'a> {
+    path: &'a Path,
+    out: &'a mut dyn Write,
+    written: u64,
+}
+
+impl TensorSink<'_> {
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.written += bytes.len() as u64;
+        self.out.write_all(bytes).map_err(|e| Error::io(self.path, e))
+    }
+}
+
 /// Writes one safetensors file at `path`, whole or not at all.
 pub fn write_safetensors(path: &Path, tensors: &[TensorBytes]) -> Result<()> {
     let specs: Vec<TensorSpec> = tensors.iter().map(|t| t.spec.clone()).collect();
-    write_safetensors_with(path, &specs, |index, bytes| {
-        bytes.extend_from_slice(&tensors[index].data);
-        Ok(())
-    })
+    write_safetensors_with(path, &specs, |index, sink| sink.write(&tensors[index].data))
 }
 
-/// As [`write_safetensors`], one tensor at a time: `fill(index, buffer)` appends the bytes of `specs[index]`
-/// to the empty buffer.
+/// As [`write_safetensors`], one tensor at a time: `fill(index, sink)` writes the bytes of `specs[index]`.
 pub fn write_safetensors_with(
     path: &Path,
     specs: &[TensorSpec],
-    mut fill: impl FnMut(usize, &mut Vec<u8>) -> Result<()>,
+    mut fill: impl FnMut(usize, &mut TensorSink) -> Result<()>,
 ) -> Result<()> {
     write_file(path, specs, &file_order(specs), &mut fill)
 }
 
 /// Writes the weights of a model into the existing directory `dir`: `model.safetensors`, or shards and their
-/// index beyond `max_shard_bytes`. `fill(index, buffer)` appends the bytes of `specs[index]` to the empty
-/// buffer, one tensor at a time, so that memory holds one tensor.
+/// index beyond `max_shard_bytes`. `fill(index, sink)` writes the bytes of `specs[index]`, in pieces if it likes, so
+/// that memory need not hold a tensor.
 pub fn write_weights(
     dir: &Path,
     specs: &[TensorSpec],
     max_shard_bytes: u64,
-    mut fill: impl FnMut(usize, &mut Vec<u8>) -> Result<()>,
+    mut fill: impl FnMut(usize, &mut TensorSink) -> Result<()>,
 ) -> Result<()> {
     let shards = split_into_shards(specs, max_shard_bytes);
     if let [only] = &shards[..] {
@@ -105,7 +115,7 @@ pub fn write_model_dir(
     config: &Qwen2Config,
     source: Option<&Path>,
     specs: &[TensorSpec],
-    fill: impl FnMut(usize, &mut Vec<u8>) -> Result<()>,
+    fill: impl FnMut(usize, &mut TensorSink) -> Result<()>,
 ) -> Result<()> {
     write_json(&dir.join("config.json"), &config.to_hf_json())?;
     let generation = "generation_config.json";
@@ -199,23 +209,20 @@ fn write_file(
     path: &Path,
     specs: &[TensorSpec],
     order: &[usize],
-    fill: &mut dyn FnMut(usize, &mut Vec<u8>) -> Result<()>,
+    fill: &mut dyn FnMut(usize, &mut TensorSink) -> Result<()>,
 ) -> Result<()> {
     let header = header_bytes(specs, order)?;
     atomic_file(path, |out| {
         let io = |e| Error::io(path, e);
         out.write_all(&(header.len() as u64).to_le_bytes()).map_err(io)?;
         out.write_all(&header).map_err(io)?;
-        let mut buffer = Vec::new();
         for &index in order {
-            buffer.clear();
-            fill(index, &mut buffer)?;
-            let (name, expected) = (&specs[index].name, specs[index].bytes());
-            if buffer.len() as u64 != expected {
-                let found = buffer.len();
+            let mut sink = TensorSink { path, out: &mut *out, written: 0 };
+            fill(index, &mut sink)?;
+            let (name, found, expected) = (&specs[index].name, sink.written, specs[index].bytes());
+            if found != expected {
                 return Err(Error::Runtime(format!("tensor {name}: found {found} bytes, expected {expected}")));
             }
-            out.write_all(&buffer).map_err(io)?;
         }
         Ok(())
     })

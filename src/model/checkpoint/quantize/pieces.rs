@@ -1,0 +1,163 @@
+//! One stored tensor in pieces of whole rows of blocks: read from the map, quantized in parallel, written, let go.
+//!
+//! Pieces are cut by shape alone and their sums merge in order, so neither bytes nor metrics depend on the number of
+//! threads. A piece of stored bytes becomes values of its dtype, y and the sums of y against x; nothing is kept.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::super::{Checkpoint, StoredDtype, TensorSink, TensorView};
+use crate::numerics::block_format::{RoundingDraw, TensorScale};
+use crate::numerics::format::Format;
+use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
+use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::cpu::fake_quant_general::{Storage, fake_quant_into, tensor_amax};
+use crate::{Result, bail_input};
+
+/// Elements of a piece, which one thread works on (at least one row of blocks).
+const PIECE_ELEMENTS: usize = 1 << 18;
+/// Pieces in memory at a time.
+const BATCH_PIECES: usize = 32;
+/// Bytes of a piece of a tensor that is only copied.
+const COPY_BYTES: usize = 8 << 20;
+
+pub(super) struct Pieces<'a> {
+    pub checkpoint: &'a Checkpoint,
+    pub tensor: TensorView<'a>,
+    pub format: Format,
+}
+
+impl Pieces<'_> {
+    /// Writes the tensor as it is.
+    pub fn copy(&self, sink: &mut TensorSink, progress: &mut dyn FnMut(usize) -> Result<()>) -> Result<()> {
+        for piece in self.tensor.data.chunks(COPY_BYTES) {
+            sink.write(piece)?;
+            self.checkpoint.release(piece);
+            progress(piece.len())?;
+        }
+        Ok(())
+    }
+
+    /// The tensor amax A: over blocks without NaN or infinity.
+    pub fn amax(&self) -> Result<f32> {
+        let (cols, format) = (self.cols(), self.format);
+        let of_piece = match self.tensor.dtype {
+            StoredDtype::BF16 => |piece: &[u8], cols, format| tensor_amax(&bf16::read(piece), cols, format),
+            StoredDtype::F16 => |piece: &[u8], cols, format| tensor_amax(&f16::read(piece), cols, format),
+            StoredDtype::F32 => |piece: &[u8], cols, format| tensor_amax(&f32::read(piece), cols, format),
+            other => bail_input!("found dtype {other}, expected F32, BF16 or F16"),
+        };
+        let mut largest = 0f32;
+        for batch in self.tensor.data.chunks(BATCH_PIECES * self.piece_bytes()) {
+            let pieces = batch.par_chunks(self.piece_bytes());
+            largest = pieces.map(|piece| of_piece(piece, cols, format)).reduce(|| largest, f32::max);
+            self.checkpoint.release(batch);
+        }
+        Ok(largest)
+    }
+
+    /// Writes the quantized tensor; the sums of its error, and how many blocks held NaN or infinity.
+    pub fn quantize(
+        &self,
+        index: u32,
+        scale: TensorScale,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<(TensorErrorSums, usize)> {
+        // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
+        let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
+        let job = Job { cols: self.cols(), format: self.format, scale, stream };
+        let quantize = match self.tensor.dtype {
+            StoredDtype::BF16 => Job::quantize::<bf16>,
+            StoredDtype::F16 => Job::quantize::<f16>,
+            StoredDtype::F32 => Job::quantize::<f32>,
+            other => bail_input!("found dtype {other}, expected F32, BF16 or F16"),
+        };
+        let (mut sums, mut nonfinite_blocks, mut first_row) = (TensorErrorSums::default(), 0, 0);
+        for batch in self.tensor.data.chunks(BATCH_PIECES * self.piece_bytes()) {
+            let pieces = batch.par_chunks(self.piece_bytes()).enumerate();
+            let rows = self.piece_rows();
+            let done: Vec<Done> = pieces.map(|(i, piece)| quantize(&job, piece, first_row + i * rows)).collect();
+            for piece in &done {
+                sink.write(&piece.bytes)?;
+                sums.merge(&piece.sums);
+                nonfinite_blocks += piece.nonfinite_blocks;
+            }
+            first_row += BATCH_PIECES * rows;
+            self.checkpoint.release(batch);
+            progress(batch.len())?;
+        }
+        Ok((sums, nonfinite_blocks))
+    }
+
+    fn cols(&self) -> usize {
+        self.tensor.shape.last().copied().unwrap_or(1)
+    }
+
+    fn piece_rows(&self) -> usize {
+        let rows = (PIECE_ELEMENTS / self.cols()).max(1);
+        rows.next_multiple_of(self.format.block_rows())
+    }
+
+    fn piece_bytes(&self) -> usize {
+        self.piece_rows() * self.cols() * self.tensor.dtype.bitsize() / 8
+    }
+}
+
+/// What all pieces of a tensor share.
+struct Job {
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    stream: u32,
+}
+
+struct Done {
+    bytes: Vec<u8>,
+    sums: TensorErrorSums,
+    nonfinite_blocks: usize,
+}
+
+impl Job {
+    fn quantize<T: Stored>(&self, piece: &[u8], first_row: usize) -> Done {
+        let x = T::read(piece);
+        let rows = x.len() / self.cols;
+        let keys: Vec<u64> = match self.format.rounding.is_stochastic() {
+            true => (first_row..first_row + rows).map(|row| row_key(0, row as u32)).collect(),
+            false => Vec::new(),
+        };
+        let draw = RoundingDraw { seed: 0, stream: self.stream, row_keys: &keys };
+        let mut y = x.clone();
+        let stats = fake_quant_into(&x, rows, self.cols, self.format, self.scale, Some(&draw), &mut y);
+        let wide = |values: &[T]| {
+            let mut wide = vec![0.0; values.len()];
+            T::widen(values, &mut wide);
+            wide
+        };
+        let sums = TensorErrorSums::of(&wide(&x), &wide(&y), stats.saturated as u64);
+        Done { bytes: T::bytes(&y), sums, nonfinite_blocks: stats.nonfinite_blocks }
+    }
+}
+
+/// A dtype as it lies in a file: little-endian, at any address.
+trait Stored: Storage {
+    fn read(bytes: &[u8]) -> Vec<Self>;
+    fn bytes(values: &[Self]) -> Vec<u8>;
+}
+
+macro_rules! stored {
+    ($dtype:ty, $size:literal) => {
+        impl Stored for $dtype {
+            fn read(bytes: &[u8]) -> Vec<$dtype> {
+                bytes.as_chunks::<$size>().0.iter().map(|b| <$dtype>::from_le_bytes(*b)).collect()
+            }
+            fn bytes(values: &[$dtype]) -> Vec<u8> {
+                values.iter().flat_map(|v| v.to_le_bytes()).collect()
+            }
+        }
+    };
+}
+
+stored!(f32, 4);
+stored!(bf16, 2);
+stored!(f16, 2);
