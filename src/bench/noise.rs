@@ -46,15 +46,19 @@ fn elementwise() -> Result<Vec<Row>> {
     let copies: Vec<Tensor> = y.iter().map(|y| Ok(y.f_zeros_like()?)).collect::<Result<_>>()?;
     let tokens: Vec<u64> = (0..TOKENS as u64).collect();
     let at = |list: &[Tensor], turn: usize| list[turn % count].shallow_clone();
-    let chunks = |turn: usize, work: &(dyn Fn(usize, &[f32], &mut [f32]) + Sync)| -> Result<()> {
-        let (x, mut out) = (at(&y, turn), at(&copies, turn));
-        let (x, out) = (f32_slice(&x)?, f32_slice_mut(&mut out)?);
-        x.par_chunks(OUT).zip(out.par_chunks_mut(OUT)).enumerate().for_each(|(row, (x, out))| work(row, x, out));
-        Ok(())
-    };
     let times = in_turns(vec![
-        Runner::new(|turn| chunks(turn, &|_, x, out| out.copy_from_slice(x))),
-        Runner::new(|turn| chunks(turn, &|row, _, out| normals_into(1, 2, row as u64, out))),
+        Runner::new(|turn| {
+            let (x, mut out) = (at(&y, turn), at(&copies, turn));
+            let rows = f32_slice(&x)?.par_chunks(OUT).zip(f32_slice_mut(&mut out)?.par_chunks_mut(OUT));
+            rows.for_each(|(x, out)| out.copy_from_slice(x));
+            Ok(())
+        }),
+        Runner::new(|turn| {
+            let mut out = at(&copies, turn);
+            let rows = f32_slice_mut(&mut out)?.par_chunks_mut(OUT).enumerate();
+            rows.for_each(|(row, out)| normals_into(1, 2, row as u64, out));
+            Ok(())
+        }),
         Runner::new(|turn| {
             let law = ErrorLaw::RelativeGaussian;
             // A scale that leaves y as large as it was however often it is applied.

@@ -7,7 +7,7 @@ use std::process::Command;
 #[derive(Clone, Debug, Serialize)]
 pub struct Host {
     pub cores: usize,
-    /// Those that the CPU operations can use, of avx2, fma, avx512f, avx512bw, avx512_bf16.
+    /// Those that the CPU operations can use, of avx2, fma, avx512f, avx512bw, avx512vl, avx512dq.
     pub cpu_features: Vec<&'static str>,
     pub memory_total_bytes: Option<u64>,
     pub memory_available_bytes: Option<u64>,
@@ -29,7 +29,8 @@ fn cpu_features() -> Vec<&'static str> {
         ("fma", is_x86_feature_detected!("fma")),
         ("avx512f", is_x86_feature_detected!("avx512f")),
         ("avx512bw", is_x86_feature_detected!("avx512bw")),
-        ("avx512_bf16", is_x86_feature_detected!("avx512bf16")),
+        ("avx512vl", is_x86_feature_detected!("avx512vl")),
+        ("avx512dq", is_x86_feature_detected!("avx512dq")),
     ];
     all.into_iter().filter(|(_, present)| *present).map(|(name, _)| name).collect()
 }

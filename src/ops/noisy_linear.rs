@@ -90,7 +90,10 @@ pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut
             Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
                 accumulate_product(dw, draw, keys, sink.as_ref(), into)
             }
-            _ => Ok(drop(into.f_add_(&dw)?)),
+            _ => {
+                let _ = into.f_add_(&dw)?;
+                Ok(())
+            }
         };
     }
     let (dy, x) = (dy.f_to_kind(Kind::Float)?, x.f_to_kind(Kind::Float)?);
@@ -99,7 +102,10 @@ pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut
             accumulate_noisy(&dy, &x, draw, keys, sink.as_ref(), into)
         }
         // Without an error of its own the product needs no place of its own.
-        _ => Ok(drop(into.f_addmm_(&dy, &x)?)),
+        _ => {
+            let _ = into.f_addmm_(&dy, &x)?;
+            Ok(())
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The law on a share of one row of matmul_error.rs: out = round(law(y, s, z) + bias), and the sums of what it did.
 //! Rust never contracts a product and a sum by itself, so every path gives the same bits.
 
-use std::array::from_fn;
+use crate::ops::cpu::arrays::from_fn;
 
 use super::path::for_each_path;
 use crate::numerics::error_law::ErrorLaw;
@@ -100,7 +100,7 @@ pub(super) enum Place {
     /// out = round(law(clean) + bias).
     Apart,
     /// out = round(law(out) + bias).
-    InPlace,
+    Same,
     /// out += round(law(clean)), without bias.
     Added,
 }
@@ -136,8 +136,8 @@ fn segment_of<T: Output, const LAW: u8>(
     match (law.place, law.has_bias) {
         (Place::Apart, false) => groups::<T, LAW, APART, false>(law.scale, clean, z, bias, out, lanes),
         (Place::Apart, true) => groups::<T, LAW, APART, true>(law.scale, clean, z, bias, out, lanes),
-        (Place::InPlace, false) => groups::<T, LAW, IN_PLACE, false>(law.scale, clean, z, bias, out, lanes),
-        (Place::InPlace, true) => groups::<T, LAW, IN_PLACE, true>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, false) => groups::<T, LAW, IN_PLACE, false>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, true) => groups::<T, LAW, IN_PLACE, true>(law.scale, clean, z, bias, out, lanes),
         (Place::Added, _) => groups::<T, LAW, ADDED, false>(law.scale, clean, z, bias, out, lanes),
     }
 }

@@ -57,7 +57,7 @@ pub fn apply_f32_by(
     cols: usize,
     bias: Option<&[f32]>,
 ) -> NoiseSums {
-    Draw { law, scale, seed, stream, tokens, cols, bias, place: Place::InPlace, path }.apply(&[], y).noise()
+    Draw { law, scale, seed, stream, tokens, cols, bias, place: Place::Same, path }.apply(&[], y).noise()
 }
 
 /// `apply_f32` from y [rows, cols] f32 to out [rows, cols] bf16.
@@ -147,7 +147,7 @@ impl Draw<'_> {
     fn apply<T: Output>(&self, clean: &[f32], out: &mut [T]) -> Sums {
         let (rows, cols) = (self.tokens.len(), self.cols);
         assert_eq!(out.len(), rows * cols, "out holds [rows, cols], one token key a row");
-        let clean_len = if self.place == Place::InPlace { 0 } else { out.len() };
+        let clean_len = if self.place == Place::Same { 0 } else { out.len() };
         assert_eq!(clean.len(), clean_len, "y holds [rows, cols]");
         assert!(self.bias.is_none_or(|b| b.len() == cols), "bias holds [cols]");
         let elements = out.len() as u64;

@@ -1,5 +1,6 @@
 //! The CPU side of every operation: vectorised, parallel over rows.
 
+mod arrays;
 mod error_segment;
 pub mod fake_quant;
 pub mod matmul_error;

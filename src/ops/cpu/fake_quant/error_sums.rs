@@ -1,7 +1,7 @@
 //! The sums of numerics::tensor_error of y against x, in f64 lanes: column c of a row adds to lane c mod 8, rows and chunks
 //! merge in order, so neither threads nor instruction sets change a bit.
 
-use std::array::from_fn;
+use crate::ops::cpu::arrays::from_fn;
 
 use rayon::prelude::*;
 
@@ -61,9 +61,18 @@ for_each_path! {
 impl Lanes {
     #[inline(always)]
     fn add(&mut self, x: [f32; LANES], q: [f32; LANES]) {
-        let finite: [bool; LANES] = from_fn(|l| x[l].abs() < f32::INFINITY && q[l].abs() < f32::INFINITY);
-        let x: Wide = from_fn(|l| if finite[l] { f64::from(x[l]) } else { 0.0 });
-        let q: Wide = from_fn(|l| if finite[l] { f64::from(q[l]) } else { 0.0 });
+        // As masks: a choice by lanes of bool does not vectorise.
+        let magnitude = |v: f32| v.to_bits() & 0x7FFF_FFFF;
+        let infinity = f32::INFINITY.to_bits();
+        let kept: [u32; LANES] = from_fn(|l| if magnitude(x[l]).max(magnitude(q[l])) < infinity { !0 } else { 0 });
+        let x: [f32; LANES] = from_fn(|l| f32::from_bits(x[l].to_bits() & kept[l]));
+        let q: [f32; LANES] = from_fn(|l| f32::from_bits(q[l].to_bits() & kept[l]));
+        let one_if = |condition: bool| if condition { 1 } else { 0 };
+        self.finite = from_fn(|l| self.finite[l].wrapping_add(kept[l] & 1));
+        self.nonzero = from_fn(|l| self.nonzero[l].wrapping_add(one_if(x[l] != 0.0)));
+        self.deadzone = from_fn(|l| self.deadzone[l].wrapping_add(one_if((x[l] != 0.0) & (q[l] == 0.0))));
+        let x: Wide = from_fn(|l| f64::from(x[l]));
+        let q: Wide = from_fn(|l| f64::from(q[l]));
         let error: Wide = from_fn(|l| (q[l] - x[l]).abs());
         self.x_sq = from_fn(|l| self.x_sq[l] + x[l] * x[l]);
         self.q_sq = from_fn(|l| self.q_sq[l] + q[l] * q[l]);
@@ -72,9 +81,6 @@ impl Lanes {
         self.relative = from_fn(|l| self.relative[l] + error[l] / (x[l].abs() + 1e-10));
         self.max_abs_error =
             from_fn(|l| if error[l] > self.max_abs_error[l] { error[l] } else { self.max_abs_error[l] });
-        self.finite = from_fn(|l| self.finite[l].wrapping_add(finite[l] as u32));
-        self.nonzero = from_fn(|l| self.nonzero[l].wrapping_add((x[l] != 0.0) as u32));
-        self.deadzone = from_fn(|l| self.deadzone[l].wrapping_add((x[l] != 0.0 && q[l] == 0.0) as u32));
     }
 
     /// Of `elements`: a padded group has counted zeros as finite.

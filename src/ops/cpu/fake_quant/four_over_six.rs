@@ -1,7 +1,7 @@
 //! nvfp4:4over6: of two scales of a block, which map its amax to 6 or to 4, the one of smaller squared error; on a tie the
 //! one for 6.
 
-use std::array::from_fn;
+use crate::ops::cpu::arrays::from_fn;
 
 use super::element::Element;
 use super::lanes::{GROUP, values};
@@ -35,22 +35,34 @@ for_each_path! {
         each::<T>(amaxes, &mut candidates.six, |amax| six.scales(amax));
         each::<T>(amaxes, &mut candidates.four, |amax| four.scales(amax));
         let mut saturated = 0usize;
-        for (index, (x, out)) in x.chunks(GROUP).zip(out.chunks_mut(GROUP)).enumerate() {
-            if candidates.six.decode[index].is_nan() {
-                out.fill(T::NAN);
-                continue;
-            }
-            let x: [f32; GROUP] = from_fn(|i| if i < x.len() { x[i].read() } else { 0.0 });
-            let (six_y, six_error, six_saturated) = candidate(&x, &candidates.six, index);
-            let (four_y, four_error, four_saturated) = candidate(&x, &candidates.four, index);
-            let fours = four_error < six_error;
-            saturated = saturated.wrapping_add(if fours { four_saturated } else { six_saturated });
-            let y: [f32; GROUP] = from_fn(|i| if fours { four_y[i] } else { six_y[i] });
-            let y: [T; GROUP] = from_fn(|i| T::round(y[i]));
-            out.copy_from_slice(&y[..out.len()]);
+        let (blocks, tail) = x.as_chunks::<GROUP>();
+        let (out_blocks, out_tail) = out.as_chunks_mut::<GROUP>();
+        for (index, (x, out)) in blocks.iter().zip(out_blocks).enumerate() {
+            saturated = saturated.wrapping_add(quantize_block(x, candidates, index, out));
+        }
+        if !tail.is_empty() {
+            let x: [T; GROUP] = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
+            let mut y = [T::ZERO; GROUP];
+            saturated = saturated.wrapping_add(quantize_block(&x, candidates, blocks.len(), &mut y));
+            out_tail.copy_from_slice(&y[..out_tail.len()]);
         }
         saturated
     }
+}
+
+#[inline(always)]
+fn quantize_block<T: Element>(x: &[T; GROUP], scales: &Candidates, block: usize, out: &mut [T; GROUP]) -> usize {
+    if scales.six.decode[block].is_nan() {
+        *out = [T::NAN; GROUP];
+        return 0;
+    }
+    let x: [f32; GROUP] = from_fn(|i| x[i].read());
+    let (six_y, six_error, six_saturated) = candidate(&x, &scales.six, block);
+    let (four_y, four_error, four_saturated) = candidate(&x, &scales.four, block);
+    let fours = four_error < six_error;
+    let y: [f32; GROUP] = from_fn(|i| if fours { four_y[i] } else { six_y[i] });
+    *out = from_fn(|i| T::round(y[i]));
+    if fours { four_saturated } else { six_saturated }
 }
 
 /// y, its squared error and how many elements saturated. The error is that of the definition: differences in f32,

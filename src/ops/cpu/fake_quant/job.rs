@@ -145,7 +145,7 @@ impl Job<'_> {
         for (band, amaxes) in x.chunks(self.band()).zip(found.chunks_mut(blocks)) {
             amaxes::of_band(self.path, band, self.cols, self.format, &mut scratch, amaxes);
         }
-        T::of_word(amaxes::largest_finite::<T>(found)).read()
+        T::of_word(amaxes::summary::<T>(self.path, found).0).read()
     }
 
     /// Elements of rows that share their blocks.
@@ -177,10 +177,9 @@ impl Job<'_> {
                     amaxes::of_band(self.path, x, self.cols, self.format, of_row, amaxes);
                 }
             }
-            let infinity = T::Word::of(T::INFINITY);
-            done.nonfinite_blocks += scratch.amaxes.iter().filter(|amax| **amax >= infinity).count();
-            let largest = || T::of_word(amaxes::largest_finite::<T>(&scratch.amaxes)).read();
-            let tensor = self.tensor.unwrap_or_else(|| tensor_scale(self.format, largest()));
+            let (largest, nonfinite_blocks) = amaxes::summary::<T>(self.path, &scratch.amaxes);
+            done.nonfinite_blocks += nonfinite_blocks;
+            let tensor = self.tensor.unwrap_or_else(|| tensor_scale(self.format, T::of_word(largest).read()));
             let first_row = first_row + number * self.format.block_rows();
             for (row, (x, out)) in x.chunks_exact(self.cols).zip(out.chunks_exact_mut(self.cols)).enumerate() {
                 let saturated = self.row(first_row + row, x, tensor, &mut scratch, out);

@@ -6,7 +6,7 @@
 //! No element is widened and nothing is multiplied. All of this holds while 2^k / 4 is a normal number; other blocks,
 //! and those with NaN or infinity, take the general steps of lanes.rs.
 
-use std::array::from_fn;
+use crate::ops::cpu::arrays::from_fn;
 
 use super::element::{Element, Word};
 use super::lanes::{GROUP, group};
@@ -25,61 +25,63 @@ type Met = (usize, usize);
 for_each_path! {
     /// y of a row, to nearest, each block under its own amax.
     pub(super) fn row<T: Element>(x: &[T], rule: MxScaleRule, out: &mut [T]) -> Met {
-        let (blocks, tail) = x.as_chunks::<BLOCK>();
-        let (out_blocks, out_tail) = out.as_chunks_mut::<BLOCK>();
-        let (mut nonfinite, mut saturated) = (0usize, 0usize);
-        for (blocks, out) in blocks.chunks(COUNTED_BLOCKS).zip(out_blocks.chunks_mut(COUNTED_BLOCKS)) {
-            let mut lanes = [T::Word::ZERO; BLOCK];
-            for (x, out) in blocks.iter().zip(out) {
-                let amax = amax(x);
-                nonfinite = nonfinite.wrapping_add((amax >= T::Word::of(T::INFINITY)) as usize);
-                saturated = saturated.wrapping_add(nearest_block(x, amax, rule, out, &mut lanes));
-            }
-            saturated = saturated.wrapping_add(lanes.iter().map(|lane| lane.to_usize()).sum());
-        }
-        if !tail.is_empty() {
-            let x: [T; BLOCK] = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
-            let (mut y, mut lanes) = ([T::ZERO; BLOCK], [T::Word::ZERO; BLOCK]);
-            let amax = amax(&x);
-            nonfinite = nonfinite.wrapping_add((amax >= T::Word::of(T::INFINITY)) as usize);
-            saturated = saturated.wrapping_add(nearest_block(&x, amax, rule, &mut y, &mut lanes));
-            saturated = saturated.wrapping_add(lanes.iter().map(|lane| lane.to_usize()).sum());
-            out_tail.copy_from_slice(&y[..out_tail.len()]);
-        }
-        (nonfinite, saturated)
+        nearest_row(x, None, rule, out)
     }
 }
 
 for_each_path! {
     /// y of a row, to nearest, of blocks of known amax; how many elements saturated.
     pub(super) fn row_under<T: Element>(x: &[T], amaxes: &[T::Word], rule: MxScaleRule, out: &mut [T]) -> usize {
-        let mut saturated = 0usize;
-        for ((x, amax), out) in x.chunks(BLOCK).zip(amaxes).zip(out.chunks_mut(BLOCK)) {
-            let x: [T; BLOCK] = from_fn(|i| if i < x.len() { x[i] } else { T::ZERO });
-            let (mut y, mut lanes) = ([T::ZERO; BLOCK], [T::Word::ZERO; BLOCK]);
-            saturated = saturated.wrapping_add(nearest_block(&x, *amax, rule, &mut y, &mut lanes));
-            saturated = saturated.wrapping_add(lanes.iter().map(|lane| lane.to_usize()).sum());
-            out.copy_from_slice(&y[..out.len()]);
-        }
-        saturated
+        nearest_row(x, Some(amaxes), rule, out).1
     }
+}
+
+#[inline(always)]
+fn nearest_row<T: Element>(x: &[T], known: Option<&[T::Word]>, rule: MxScaleRule, out: &mut [T]) -> Met {
+    let (blocks, tail) = x.as_chunks::<BLOCK>();
+    let (out_blocks, out_tail) = out.as_chunks_mut::<BLOCK>();
+    let (mut nonfinite, mut saturated) = (0usize, 0usize);
+    let mut lanes = [T::Word::ZERO; BLOCK];
+    for (number, (x, out)) in blocks.iter().zip(out_blocks).enumerate() {
+        let amax = known.map_or_else(|| amax(x), |known| known[number]);
+        nonfinite = nonfinite.wrapping_add((amax >= T::Word::of(T::INFINITY)) as usize);
+        saturated = saturated.wrapping_add(nearest_block(x, amax, rule, out, &mut lanes));
+        if number % COUNTED_BLOCKS == COUNTED_BLOCKS - 1 {
+            saturated = saturated.wrapping_add(sum::<T>(&std::mem::replace(&mut lanes, [T::Word::ZERO; BLOCK])));
+        }
+    }
+    if !tail.is_empty() {
+        let x: [T; BLOCK] = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
+        let mut y = [T::ZERO; BLOCK];
+        let amax = known.map_or_else(|| amax(&x), |known| known[blocks.len()]);
+        nonfinite = nonfinite.wrapping_add((amax >= T::Word::of(T::INFINITY)) as usize);
+        saturated = saturated.wrapping_add(nearest_block(&x, amax, rule, &mut y, &mut lanes));
+        out_tail.copy_from_slice(&y[..out_tail.len()]);
+    }
+    (nonfinite, saturated.wrapping_add(sum::<T>(&lanes)))
+}
+
+#[inline(always)]
+fn sum<T: Element>(lanes: &[T::Word; BLOCK]) -> usize {
+    lanes.iter().fold(0, |total, lane| total.wrapping_add(lane.to_usize()))
 }
 
 for_each_path! {
     /// y of a bf16 row, rounded stochastically under the rule rceil, so that nothing saturates. `uniforms` [cols] in units
     /// of 2^-16.
     pub(super) fn stochastic_row<T: Element>(x: &[T], amaxes: &[T::Word], uniforms: &[u16], out: &mut [T]) {
-        let blocks = x.chunks(BLOCK).zip(amaxes).zip(uniforms.chunks(BLOCK));
-        for (((x, amax), u), out) in blocks.zip(out.chunks_mut(BLOCK)) {
-            if let (Ok(x), Ok(u), Ok(out)) = (x.try_into(), u.try_into(), (&mut *out).try_into()) {
-                stochastic_block(x, *amax, u, out);
-                continue;
-            }
-            let padded: [T; BLOCK] = from_fn(|i| if i < x.len() { x[i] } else { T::ZERO });
-            let u = from_fn(|i| if i < u.len() { u[i] } else { 0 });
+        let (blocks, tail) = x.as_chunks::<BLOCK>();
+        let (u_blocks, u_tail) = uniforms.as_chunks::<BLOCK>();
+        let (out_blocks, out_tail) = out.as_chunks_mut::<BLOCK>();
+        for (((x, u), out), amax) in blocks.iter().zip(u_blocks).zip(out_blocks).zip(amaxes) {
+            stochastic_block(x, *amax, u, out);
+        }
+        if let (false, Some(amax)) = (tail.is_empty(), amaxes.last()) {
+            let x: [T; BLOCK] = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
+            let u = from_fn(|i| u_tail.get(i).copied().unwrap_or(0));
             let mut y = [T::ZERO; BLOCK];
-            stochastic_block(&padded, *amax, &u, &mut y);
-            out.copy_from_slice(&y[..out.len()]);
+            stochastic_block(&x, *amax, &u, &mut y);
+            out_tail.copy_from_slice(&y[..out_tail.len()]);
         }
     }
 }

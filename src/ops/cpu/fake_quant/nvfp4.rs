@@ -2,7 +2,7 @@
 //! others.
 #![allow(unsafe_code)]
 
-use std::array::from_fn;
+use crate::ops::cpu::arrays::from_fn;
 
 use super::element::{Element, Word};
 use super::lanes::{GROUP, group};

@@ -28,10 +28,12 @@ pub(super) fn fill(path: Path, draw: &RoundingDraw, rounding: Rounding, row: usi
     }
     let mut pairs = vec![0; out.len().div_ceil(2)];
     words(path, calls(1), &mut pairs);
-    for (out, pair) in out.chunks_mut(2).zip(pairs) {
-        for (byte, u) in out.iter_mut().enumerate() {
-            *u = if byte == 0 { pair << 8 } else { pair & 0xFF00 };
-        }
+    let (whole, last) = out.as_chunks_mut::<2>();
+    for (out, pair) in whole.iter_mut().zip(&pairs) {
+        *out = [pair << 8, pair & 0xFF00];
+    }
+    if let ([last], Some(pair)) = (last, pairs.last()) {
+        *last = pair << 8;
     }
 }
 
