@@ -1,5 +1,6 @@
 //! The storage dtypes of fake quantization, as values and as bit patterns.
 
+use super::path::for_each_path;
 use half::bf16;
 use std::ops::{BitAnd, BitOr};
 
@@ -69,6 +70,20 @@ impl Element for bf16 {
     #[inline(always)]
     fn of_word(word: u16) -> bf16 {
         bf16::from_bits(word)
+    }
+}
+
+for_each_path! {
+    /// Exactly.
+    pub(super) fn widen<T: Element>(x: &[T], out: &mut [f32]) -> () {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = x.read());
+    }
+}
+
+for_each_path! {
+    /// Rounds what is finite or `f32::NAN`.
+    pub(super) fn narrow<T: Element>(x: &[f32], out: &mut [T]) -> () {
+        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(*x));
     }
 }
 

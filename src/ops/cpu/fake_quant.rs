@@ -181,7 +181,7 @@ pub(super) struct Counts {
 }
 
 impl Counts {
-    fn plus(self, other: Counts) -> Counts {
+    pub(super) fn plus(self, other: Counts) -> Counts {
         Counts {
             nonfinite_blocks: self.nonfinite_blocks + other.nonfinite_blocks,
             saturated: self.saturated + other.saturated,

@@ -1,5 +1,5 @@
 //! Fake quantization on the CPU of every format and storage dtype: the vector paths of fake_quant.rs where they exist,
-//! else the definition (numerics/block_format.rs) on chunks of rows in parallel.
+//! else fake_quant_bands.rs, on chunks of rows in parallel.
 //!
 //! x [rows, cols] in f32, bf16 or f16 -> y of the same dtype, rounded once from f32. In f16 a y above 65504 becomes
 //! infinity.
@@ -7,10 +7,14 @@
 use half::{bf16, f16, slice::HalfFloatSliceExt};
 use rayon::prelude::*;
 
-use super::fake_quant::{FakeQuantStats, Fast, fake_quant_bf16_into, fake_quant_f32_into};
-use crate::numerics::block_format::{self, Quantized, RoundingDraw, TensorScale};
+use super::element;
+use super::element_rounding::{E2m1Away, E2m1Nearest, E2m1Stochastic, E4m3Nearest, E4m3Stochastic};
+use super::fake_quant::{Counts, FakeQuantStats, Fast, fake_quant_bf16_into, fake_quant_f32_into};
+use super::fake_quant_bands::{Job, quantize};
+use super::path::Path;
+use crate::numerics::block_format::{self, RoundingDraw, TensorScale};
 use crate::numerics::block_scale::tensor_scale;
-use crate::numerics::format::{Family, Format};
+use crate::numerics::format::{Family, Format, Rounding};
 
 /// Elements of a chunk of rows (at least one row of blocks).
 const CHUNK_ELEMENTS: usize = 32 * 1024;
@@ -45,6 +49,20 @@ pub fn fake_quant_into<T: Storage>(
     draw: Option<&RoundingDraw>,
     out: &mut [T],
 ) -> FakeQuantStats {
+    fake_quant_into_by(Path::best(), x, rows, cols, format, scale, draw, out)
+}
+
+/// `fake_quant_into` by a chosen implementation, or the fastest below it that the CPU has.
+pub fn fake_quant_into_by<T: Storage>(
+    path: Path,
+    x: &[T],
+    rows: usize,
+    cols: usize,
+    format: Format,
+    scale: TensorScale,
+    draw: Option<&RoundingDraw>,
+    out: &mut [T],
+) -> FakeQuantStats {
     assert_eq!(x.len(), rows * cols, "x holds [rows, cols]");
     assert_eq!(out.len(), x.len(), "out holds [rows, cols]");
     let mut stats = FakeQuantStats { nonfinite_blocks: 0, saturated: 0, tensor_encode_scale: 1.0 };
@@ -63,25 +81,37 @@ pub fn fake_quant_into<T: Storage>(
         stats.tensor_encode_scale = tensor_scale(format, amax);
     }
     let chunk_rows = chunk_rows(cols, format);
-    let work = |(chunk, (x, out)): (usize, (&[T], &mut [T]))| {
+    let work = |wide: &mut Vec<f32>, (chunk, (x, out)): (usize, (&[T], &mut [T]))| {
         let rows = x.len() / cols;
-        let mut wide = vec![0.0; x.len()];
-        T::widen(x, &mut wide);
+        wide.resize(x.len(), 0.0);
+        T::widen(x, wide);
         if Fast::of(format).is_some() {
             let mut y = vec![0.0; x.len()];
-            let stats = fake_quant_f32_into(&wide, rows, cols, format, scale, &mut y);
+            let stats = fake_quant_f32_into(wide, rows, cols, format, scale, &mut y);
             T::narrow(&y, out);
-            return (stats.nonfinite_blocks, stats.saturated);
+            return Counts { nonfinite_blocks: stats.nonfinite_blocks, saturated: stats.saturated };
         }
         let draw = draw.map(|draw| RoundingDraw { row_keys: &draw.row_keys[chunk * chunk_rows..][..rows], ..*draw });
-        let Quantized { dequantized, nonfinite_blocks, saturated, .. } =
-            block_format::quantize(&wide, rows, cols, format, scale, draw.as_ref());
-        T::narrow(&dequantized, out);
-        (nonfinite_blocks, saturated)
+        let counts = bands(wide, &Job { format, cols, scale, draw: draw.as_ref(), path });
+        T::narrow(wide, out);
+        counts
     };
     let chunks = x.par_chunks(chunk_rows * cols).zip(out.par_chunks_mut(chunk_rows * cols)).enumerate();
-    (stats.nonfinite_blocks, stats.saturated) = chunks.map(work).reduce(|| (0, 0), |a, b| (a.0 + b.0, a.1 + b.1));
-    stats
+    let counts = chunks.map_init(Vec::new, work).reduce(Counts::default, Counts::plus);
+    FakeQuantStats { nonfinite_blocks: counts.nonfinite_blocks, saturated: counts.saturated, ..stats }
+}
+
+/// x [rows, cols] in place.
+fn bands(x: &mut [f32], job: &Job) -> Counts {
+    let run = match (job.format.has_e4m3_elements(), job.format.rounding) {
+        (false, Rounding::NearestEven) => quantize::<E2m1Nearest>,
+        (false, Rounding::HalfAway) => quantize::<E2m1Away>,
+        (false, Rounding::Stochastic16 | Rounding::Stochastic8) => quantize::<E2m1Stochastic>,
+        (true, Rounding::Stochastic16 | Rounding::Stochastic8) => quantize::<E4m3Stochastic>,
+        // The grammar knows half_away for mxfp4 alone.
+        (true, Rounding::NearestEven | Rounding::HalfAway) => quantize::<E4m3Nearest>,
+    };
+    run(job.path, x, job)
 }
 
 /// The largest magnitude of x [rows, cols] over blocks that hold neither NaN nor infinity; 0 if there is none.
@@ -123,10 +153,10 @@ impl Storage for f32 {
 
 impl Storage for bf16 {
     fn widen(x: &[bf16], out: &mut [f32]) {
-        x.convert_to_f32_slice(out);
+        element::widen(Path::best(), x, out);
     }
     fn narrow(x: &[f32], out: &mut [bf16]) {
-        out.convert_from_f32_slice(x);
+        element::narrow(Path::best(), x, out);
     }
     fn fast(
         x: &[bf16],

@@ -4,6 +4,7 @@
 //! magnitude, which rounds ties to even multiples of the step as the codes do.
 
 use super::element::Element;
+use super::element_rounding::round_e4m3;
 use super::fake_quant::{Counts, INFINITY_BITS};
 use crate::numerics::block_format::mx_exponent;
 use crate::numerics::format::MxScaleRule;
@@ -50,18 +51,6 @@ fn block_scales_nvfp4(amax: f32, g: f32, inverse: f32) -> (f32, f32) {
     let s = round_e4m3((amax * (g * (1.0 / 6.0))).min(e4m3::MAX));
     let decode = s * inverse;
     (if s == 0.0 { 0.0 } else { (1.0 / decode).min(f32::MAX) }, decode)
-}
-
-/// The E4M3 value nearest to v, 0 <= v <= 448: ties to even in the bits, without a library call.
-#[inline(always)]
-fn round_e4m3(v: f32) -> f32 {
-    if v < 1.0 / 64.0 {
-        // Multiples of 2^-9: 1.5 * 2^23 of them.
-        (v + 24_576.0) - 24_576.0
-    } else {
-        let bits = v.to_bits();
-        f32::from_bits((bits + 0x7_FFFF + (bits >> 20 & 1)) & !0xF_FFFF)
-    }
 }
 
 /// Quantizes a row block by block; `block` maps (x, amax) to (y, saturated elements).

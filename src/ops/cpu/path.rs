@@ -79,25 +79,25 @@ macro_rules! for_each_path {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,popcnt")]
             fn avx2<$T: $bound>($($arg: $ty),*) -> $ret {
-                portable($($arg),*)
+                portable::<$T>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")]
             fn avx512<$T: $bound>($($arg: $ty),*) -> $ret {
-                portable($($arg),*)
+                portable::<$T>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             match path.or_below() {
                 $crate::ops::cpu::path::Path::Portable => {}
                 // SAFETY: or_below gives a path only where the CPU has its instructions.
-                $crate::ops::cpu::path::Path::Avx2 => return unsafe { avx2($($arg),*) },
+                $crate::ops::cpu::path::Path::Avx2 => return unsafe { avx2::<$T>($($arg),*) },
                 // SAFETY: as above.
-                $crate::ops::cpu::path::Path::Avx512 => return unsafe { avx512($($arg),*) },
+                $crate::ops::cpu::path::Path::Avx512 => return unsafe { avx512::<$T>($($arg),*) },
             }
             let _ = path;
-            portable($($arg),*)
+            portable::<$T>($($arg),*)
         }
     };
 }
