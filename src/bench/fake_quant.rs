@@ -6,15 +6,33 @@ use tch::{Device, Kind, Tensor};
 
 use super::timing::{Runner, Times, in_turns};
 use super::{Options, ROTATED_BYTES, Row, torch_chain};
-use crate::numerics::block_format::TensorScale;
+use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
-use crate::ops::cpu::fake_quant::{chunk_elements, fake_quant_bf16_into, fake_quant_f32_into};
+use crate::ops::cpu::fake_quant::chunk_elements;
+use crate::ops::cpu::fake_quant_general::fake_quant_into;
 use crate::ops::cpu::normals::normals_into;
 use crate::ops::cpu::tensor::{bf16_slice, bf16_slice_mut, f32_slice, f32_slice_mut};
 use crate::ops::fake_quant::fake_quant;
 use crate::{Error, Result};
 
-const FORMATS: [&str; 5] = ["mxfp4", "mxfp4:even", "mxfp4:rceil", "nvfp4", "nvfp4_single_level"];
+const FORMATS: [&str; 16] = [
+    "mxfp4",
+    "mxfp4:even",
+    "mxfp4:rceil",
+    "mxfp4:half_away",
+    "mxfp4:2d",
+    "mxfp4:sr",
+    "mxfp4:sr8",
+    "nvfp4",
+    "nvfp4:2d",
+    "nvfp4:4over6",
+    "nvfp4:sr",
+    "nvfp4_single_level",
+    "mxfp8",
+    "mxfp8:sr",
+    "fp8",
+    "fp8:tensor",
+];
 /// What the other formats are held against.
 const BASELINE: &str = "mxfp4";
 /// Rows and columns of down_proj, o_proj and k_proj.
@@ -115,11 +133,13 @@ impl Buffers {
 
     fn quantize(&self, turn: usize, format: Format) -> Result<()> {
         let (x, mut out, scale) = (self.x(turn), self.out(turn), TensorScale::Tensor);
+        let row_keys: Vec<u64> = (0..self.n as u64).collect();
+        let draw = Some(&RoundingDraw { seed: 0, stream: 5 << 28, row_keys: &row_keys });
         match x.kind() {
             Kind::BFloat16 => {
-                fake_quant_bf16_into(bf16_slice(x)?, self.n, self.k, format, scale, bf16_slice_mut(&mut out)?)
+                fake_quant_into(bf16_slice(x)?, self.n, self.k, format, scale, draw, bf16_slice_mut(&mut out)?)
             }
-            _ => fake_quant_f32_into(f32_slice(x)?, self.n, self.k, format, scale, f32_slice_mut(&mut out)?),
+            _ => fake_quant_into(f32_slice(x)?, self.n, self.k, format, scale, draw, f32_slice_mut(&mut out)?),
         };
         Ok(())
     }

@@ -38,6 +38,9 @@ fn matrix(rows: usize, cols: usize, key: u64) -> Result<Tensor> {
     Ok(values)
 }
 
+/// What is done to a row: its number, x, out.
+type Work = dyn Fn(usize, &[f32], &mut [f32]) + Sync;
+
 /// The law on a finished product, in place, and the normals alone.
 fn elementwise() -> Result<Vec<Row>> {
     let bytes = TOKENS * OUT * 4;
@@ -46,7 +49,7 @@ fn elementwise() -> Result<Vec<Row>> {
     let copies: Vec<Tensor> = y.iter().map(|y| Ok(y.f_zeros_like()?)).collect::<Result<_>>()?;
     let tokens: Vec<u64> = (0..TOKENS as u64).collect();
     let at = |list: &[Tensor], turn: usize| list[turn % count].shallow_clone();
-    let chunks = |turn: usize, work: &(dyn Fn(usize, &[f32], &mut [f32]) + Sync)| -> Result<()> {
+    let chunks = |turn: usize, work: &Work| -> Result<()> {
         let (x, mut out) = (at(&y, turn), at(&copies, turn));
         let (x, out) = (f32_slice(&x)?, f32_slice_mut(&mut out)?);
         x.par_chunks(OUT).zip(out.par_chunks_mut(OUT)).enumerate().for_each(|(row, (x, out))| work(row, x, out));

@@ -81,7 +81,7 @@ struct SinkState {
 }
 
 impl SumsSink {
-    fn add(&self, sums: &NoiseSums) {
+    pub(super) fn add(&self, sums: &NoiseSums) {
         let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
         state.calls += 1;
         state.sums.merge(sums);
@@ -111,7 +111,36 @@ impl SumsSink {
     }
 }
 
-/// `y` f32 [rows, cols], consumed; `bias` f32 [cols]; result [rows, cols] of `out_kind` (Float or BFloat16).
+/// into += law(y): `y` f32 [rows, cols], `into` f32 [rows, cols] on the same device.
+pub fn accumulate_product(
+    y: Tensor,
+    draw: &ErrorDraw,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+    into: &mut Tensor,
+) -> Result<()> {
+    let (rows, _) = y.size2()?;
+    if y.device() != Device::Cpu || rows as usize != keys.len() {
+        let y = finish_product(y, None, Some(draw), keys, sink, Kind::Float)?;
+        let _ = into.f_add_(&y)?;
+        return Ok(());
+    }
+    let sums = accumulate_rows(&y, draw, keys.host(), into)?;
+    if let Some(sink) = sink {
+        sink.add(&sums);
+    }
+    Ok(())
+}
+
+/// `accumulate_product` of some rows on the CPU; `keys` [rows] are theirs.
+pub(super) fn accumulate_rows(y: &Tensor, draw: &ErrorDraw, keys: &[u64], into: &mut Tensor) -> Result<NoiseSums> {
+    let (_, cols) = y.size2()?;
+    let ErrorDraw { law, scale, seed, stream } = *draw;
+    let (y, into) = (cpu::tensor::f32_slice(y)?, cpu::tensor::f32_slice_mut(into)?);
+    Ok(cpu::matmul_error::accumulate_f32(law, scale, seed, stream, keys, y, cols as usize, into))
+}
+
+/// `y` f32 [rows, cols], consumed (on the CPU an f32 result is y itself); `bias` f32 [cols]; result [rows, cols] of `out_kind` (Float or BFloat16).
 /// Without a draw: y + bias, rounded once.
 pub fn finish_product(
     mut y: Tensor,

@@ -10,8 +10,9 @@
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, finish_product};
-use crate::Result;
+use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_product, accumulate_rows, finish_product};
+use crate::numerics::error_law::NoiseSums;
+use crate::{Error, Result};
 
 /// The error of one of the three products, and where its measurement goes.
 #[derive(Clone, Default)]
@@ -82,14 +83,53 @@ pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Resu
 
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
-    let dw = product_f32(&dy.f_transpose(0, 1)?, x)?;
-    let dw = match &call.dw {
-        Some(WeightGradientError { error, keys }) => {
-            finish_product(dw, None, error.draw.as_ref(), keys, error.sink.as_ref(), Kind::Float)?
+    let dy = dy.f_transpose(0, 1)?;
+    if dy.device() != Device::Cpu {
+        let dw = product_f32(&dy, x)?;
+        return match &call.dw {
+            Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
+                accumulate_product(dw, draw, keys, sink.as_ref(), into)
+            }
+            _ => into.f_add_(&dw).map(drop).map_err(Error::from),
+        };
+    }
+    let (dy, x) = (dy.f_to_kind(Kind::Float)?, x.f_to_kind(Kind::Float)?);
+    match &call.dw {
+        Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
+            accumulate_noisy(&dy, &x, draw, keys, sink.as_ref(), into)
         }
-        None => dw,
-    };
-    let _ = into.f_add_(&dw)?;
+        // Without an error of its own the product needs no place of its own.
+        _ => into.f_addmm_(&dy, &x).map(drop).map_err(Error::from),
+    }
+}
+
+/// into += law(a b) on the CPU, by rows: the error enters while the product of some rows is still in the caches.
+fn accumulate_noisy(
+    a: &Tensor,
+    b: &Tensor,
+    draw: &ErrorDraw,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+    into: &mut Tensor,
+) -> Result<()> {
+    const BLOCK_BYTES: i64 = 8 << 20;
+    let ((rows, _), (_, cols)) = (a.size2()?, b.size2()?);
+    if rows as usize != keys.len() {
+        return Err(Error::Runtime(format!("{} row keys for {rows} rows", keys.len())));
+    }
+    let block_rows = (BLOCK_BYTES / (4 * cols.max(1))).clamp(64, rows.max(64));
+    let buffer = Tensor::f_empty([block_rows, cols], (Kind::Float, Device::Cpu))?;
+    let mut sums = NoiseSums::default();
+    for start in (0..rows).step_by(block_rows as usize) {
+        let len = block_rows.min(rows - start);
+        let product = buffer.f_narrow(0, 0, len)?;
+        let _ = a.f_narrow(0, start, len)?.f_mm_out(&product, b)?;
+        let keys = &keys.host()[start as usize..][..len as usize];
+        sums.merge(&accumulate_rows(&product, draw, keys, &mut into.f_narrow(0, start, len)?)?);
+    }
+    if let Some(sink) = sink {
+        sink.add(&sums);
+    }
     Ok(())
 }
 

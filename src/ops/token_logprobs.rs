@@ -9,7 +9,7 @@
 use tch::{Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::matmul_error::finish_product;
+use super::matmul_error::accumulate_product;
 use super::noisy_linear::{self, NoisyLinearCall, WeightGradientError};
 use crate::Result;
 
@@ -85,8 +85,11 @@ impl Backward for LogprobsBackward {
             }
         }
         if let (Some(gradient), Some(WeightGradientError { error, keys }), Some(dw)) = (&self.gradient, dw_error, dw) {
-            let dw = finish_product(dw, None, error.draw.as_ref(), keys, error.sink.as_ref(), Kind::Float)?;
-            let _ = gradient.shallow_clone().f_add_(&dw)?;
+            let mut gradient = gradient.shallow_clone();
+            match &error.draw {
+                Some(draw) => accumulate_product(dw, draw, keys, error.sink.as_ref(), &mut gradient)?,
+                None => drop(gradient.f_add_(&dw)?),
+            }
         }
         let dx = if dx.is_empty() { None } else { Some(Tensor::f_cat(&dx, 0)?) };
         Ok(vec![dx, None])

@@ -255,7 +255,11 @@ pub fn add_update_gradient_error(model: &Qwen2, injector: &Injector, update_numb
                 let _ = shared.f_add_(&noised(own)?)?;
             }
         } else if noise.is_some() {
-            shared.f_copy_(&noised(shared.copy())?)?;
+            // In place where the result is the gradient itself, as it is on the CPU.
+            let noised = noised(shared.shallow_clone())?;
+            if noised.data_ptr() != shared.data_ptr() {
+                shared.f_copy_(&noised)?;
+            }
         }
     }
     Ok(())

@@ -4,7 +4,7 @@ use crate::support::Random;
 use half::bf16;
 use temper::numerics::error_law::{ErrorLaw, NoiseSums};
 use temper::numerics::generator::normal;
-use temper::ops::cpu::matmul_error::{apply_bf16, apply_f32, apply_f32_by, perturb_f32};
+use temper::ops::cpu::matmul_error::{accumulate_f32, apply_bf16, apply_f32, apply_f32_by, perturb_f32};
 use temper::ops::cpu::normals::Path;
 
 const LAWS: [ErrorLaw; 3] = [ErrorLaw::RelativeGaussian, ErrorLaw::AbsoluteGaussian, ErrorLaw::SystematicBias];
@@ -104,6 +104,24 @@ fn values_and_sums_do_not_depend_on_the_number_of_threads() {
         })
     };
     assert_eq!(run(1), run(3));
+}
+
+#[test]
+fn accumulation_is_the_law_and_then_a_sum() {
+    let mut random = Random(9);
+    for (rows, cols) in SHAPES {
+        let case = case(&mut random, rows, cols);
+        for law in LAWS {
+            let mut noisy = case.y.clone();
+            let expected_sums = apply_f32(law, SCALE, case.seed, case.stream, &case.tokens, &mut noisy, cols, None);
+            let before: Vec<f32> = (0..rows * cols).map(|_| random.normal()).collect();
+            let mut into = before.clone();
+            let sums = accumulate_f32(law, SCALE, case.seed, case.stream, &case.tokens, &case.y, cols, &mut into);
+            let expected: Vec<u32> = before.iter().zip(&noisy).map(|(b, n)| (b + n).to_bits()).collect();
+            assert_eq!(into.iter().map(|v| v.to_bits()).collect::<Vec<_>>(), expected, "{law:?} [{rows}, {cols}]");
+            assert_eq!(sums, expected_sums);
+        }
+    }
 }
 
 #[test]

@@ -75,14 +75,14 @@ impl Element for bf16 {
 
 for_each_path! {
     /// Exactly.
-    pub(super) fn widen<T: Element>(x: &[T], out: &mut [f32]) -> () {
+    pub(super) fn widen<T: Element>(x: &[T], out: &mut [f32]) {
         out.iter_mut().zip(x).for_each(|(out, x)| *out = x.read());
     }
 }
 
 for_each_path! {
     /// Rounds what is finite or `f32::NAN`.
-    pub(super) fn narrow<T: Element>(x: &[f32], out: &mut [T]) -> () {
+    pub(super) fn narrow<T: Element>(x: &[f32], out: &mut [T]) {
         out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(*x));
     }
 }

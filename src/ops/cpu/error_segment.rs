@@ -1,8 +1,9 @@
 //! The law on a share of one row of matmul_error.rs: out = round(law(y, s, z) + bias), and the sums of what it did.
-//! One source, compiled with AVX2 and FMA and without; Rust never contracts a product and a sum by itself.
-#![allow(unsafe_code)]
+//! Rust never contracts a product and a sum by itself, so every path gives the same bits.
 
-use super::normals::Path;
+use std::array::from_fn;
+
+use super::path::for_each_path;
 use crate::numerics::error_law::ErrorLaw;
 use half::bf16;
 
@@ -49,25 +50,6 @@ pub(super) struct RowSums {
     pub clean_fourth: f64,
 }
 
-/// The kernel for a law, with or without bias.
-pub(super) fn segment<T: Output>(path: Path, law: ErrorLaw, bias: bool) -> Segment<T> {
-    match (law, bias) {
-        (ErrorLaw::RelativeGaussian, false) => segment_for::<T, RELATIVE, false>(path),
-        (ErrorLaw::RelativeGaussian, true) => segment_for::<T, RELATIVE, true>(path),
-        (ErrorLaw::AbsoluteGaussian, false) => segment_for::<T, ABSOLUTE, false>(path),
-        (ErrorLaw::AbsoluteGaussian, true) => segment_for::<T, ABSOLUTE, true>(path),
-        (ErrorLaw::SystematicBias, false) => segment_for::<T, SYSTEMATIC, false>(path),
-        (ErrorLaw::SystematicBias, true) => segment_for::<T, SYSTEMATIC, true>(path),
-    }
-}
-
-/// (scale, clean, z, bias, out, lanes) over a share of one row that begins at a multiple of 64 columns.
-pub(super) type Segment<T> = fn(f32, &[f32], &[f32], &[f32], &mut [T], &mut Lanes);
-
-const RELATIVE: u8 = 0;
-const ABSOLUTE: u8 = 1;
-const SYSTEMATIC: u8 = 2;
-
 #[derive(Clone, Copy, Default)]
 pub(super) struct Lanes {
     error: [f64; LANES],
@@ -86,36 +68,82 @@ impl Lanes {
             clean_fourth: sum(self.clean_fourth),
         }
     }
-}
 
-fn segment_for<T: Output, const LAW: u8, const BIAS: bool>(path: Path) -> Segment<T> {
-    #[cfg(target_arch = "x86_64")]
-    if path.or_below() >= Path::Avx2 {
-        // SAFETY: the CPU has AVX2 and FMA, as just detected.
-        return |scale, clean, z, bias, out, lanes| unsafe {
-            segment_avx2::<T, LAW, BIAS>(scale, clean, z, bias, out, lanes)
-        };
+    /// Adds a group of 8 columns.
+    #[inline(always)]
+    fn add(&mut self, noisy: [f32; LANES], exact: [f32; LANES], clean: [f32; LANES]) {
+        let wide = |v: [f32; LANES]| -> [f64; LANES] { from_fn(|l| f64::from(v[l])) };
+        let times = |a: [f64; LANES], b: [f64; LANES]| -> [f64; LANES] { from_fn(|l| a[l] * b[l]) };
+        let plus = |a: [f64; LANES], b: [f64; LANES]| -> [f64; LANES] { from_fn(|l| a[l] + b[l]) };
+        let (noisy, exact, clean) = (wide(noisy), wide(exact), wide(clean));
+        let error = from_fn(|l| noisy[l] - exact[l]);
+        let square = times(clean, clean);
+        self.error = plus(self.error, error);
+        self.error_sq = plus(self.error_sq, times(error, error));
+        self.clean_sq = plus(self.clean_sq, square);
+        self.clean_fourth = plus(self.clean_fourth, times(square, square));
     }
-    let _ = path;
-    segment_portable::<T, LAW, BIAS>
 }
 
-/// Compiled with FMA, in which `mul_add` is one instruction. Rust never contracts a product and a sum by itself.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn segment_avx2<T: Output, const LAW: u8, const BIAS: bool>(
-    scale: f32,
-    clean: &[f32],
-    z: &[f32],
-    bias: &[f32],
-    out: &mut [T],
-    lanes: &mut Lanes,
-) {
-    segment_portable::<T, LAW, BIAS>(scale, clean, z, bias, out, lanes);
+/// What a share of a row is under.
+#[derive(Clone, Copy)]
+pub(super) struct Law {
+    pub law: ErrorLaw,
+    pub scale: f32,
+    pub has_bias: bool,
+    pub place: Place,
+}
+
+/// Where y comes from and the result goes.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Place {
+    /// out = round(law(clean) + bias).
+    Apart,
+    /// out = round(law(out) + bias).
+    Same,
+    /// out += round(law(clean)), without bias.
+    Added,
+}
+
+const RELATIVE: u8 = 0;
+const ABSOLUTE: u8 = 1;
+const SYSTEMATIC: u8 = 2;
+
+const APART: u8 = 0;
+const IN_PLACE: u8 = 1;
+const ADDED: u8 = 2;
+
+for_each_path! {
+    /// A share of one row that begins at a multiple of 64 columns. `clean` is empty in place, `bias` where there is none.
+    pub(super) fn segment<T: Output>(law: Law, clean: &[f32], z: &[f32], bias: &[f32], out: &mut [T], lanes: &mut Lanes) {
+        match law.law {
+            ErrorLaw::RelativeGaussian => segment_of::<T, RELATIVE>(law, clean, z, bias, out, lanes),
+            ErrorLaw::AbsoluteGaussian => segment_of::<T, ABSOLUTE>(law, clean, z, bias, out, lanes),
+            ErrorLaw::SystematicBias => segment_of::<T, SYSTEMATIC>(law, clean, z, bias, out, lanes),
+        }
+    }
 }
 
 #[inline(always)]
-fn segment_portable<T: Output, const LAW: u8, const BIAS: bool>(
+fn segment_of<T: Output, const LAW: u8>(
+    law: Law,
+    clean: &[f32],
+    z: &[f32],
+    bias: &[f32],
+    out: &mut [T],
+    lanes: &mut Lanes,
+) {
+    match (law.place, law.has_bias) {
+        (Place::Apart, false) => groups::<T, LAW, APART, false>(law.scale, clean, z, bias, out, lanes),
+        (Place::Apart, true) => groups::<T, LAW, APART, true>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, false) => groups::<T, LAW, IN_PLACE, false>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, true) => groups::<T, LAW, IN_PLACE, true>(law.scale, clean, z, bias, out, lanes),
+        (Place::Added, _) => groups::<T, LAW, ADDED, false>(law.scale, clean, z, bias, out, lanes),
+    }
+}
+
+#[inline(always)]
+fn groups<T: Output, const LAW: u8, const PLACE: u8, const BIAS: bool>(
     scale: f32,
     clean: &[f32],
     z: &[f32],
@@ -123,51 +151,46 @@ fn segment_portable<T: Output, const LAW: u8, const BIAS: bool>(
     out: &mut [T],
     lanes: &mut Lanes,
 ) {
-    let whole = out.len() / LANES * LANES;
+    let (y_groups, y_tail) = clean.as_chunks::<LANES>();
+    let (z_groups, z_tail) = z.as_chunks::<LANES>();
+    let (out_groups, out_tail) = out.as_chunks_mut::<LANES>();
+    let (bias_groups, bias_tail) = bias.as_chunks::<LANES>();
     let mut local = *lanes;
-    for start in (0..whole).step_by(LANES) {
-        let (y, z) = (&clean[start..start + LANES], &z[start..start + LANES]);
-        let out = &mut out[start..start + LANES];
-        let (mut noisy, mut exact) = ([0f32; LANES], [0f32; LANES]);
-        for l in 0..LANES {
-            noisy[l] = law::<LAW>(y[l], scale, z[l]);
-            exact[l] = y[l];
-        }
-        if BIAS {
-            let bias = &bias[start..start + LANES];
-            for l in 0..LANES {
-                noisy[l] += bias[l];
-                exact[l] += bias[l];
-            }
-        }
-        for l in 0..LANES {
-            out[l] = T::round(noisy[l]);
-        }
-        for l in 0..LANES {
-            local.add(l, T::round(noisy[l]).widen(), T::round(exact[l]).widen(), y[l]);
-        }
+    for (i, (z, out)) in z_groups.iter().zip(out_groups).enumerate() {
+        let y = if PLACE == IN_PLACE { from_fn(|l| out[l].widen()) } else { y_groups[i] };
+        let bias = if BIAS { bias_groups[i] } else { [0.0; LANES] };
+        group::<T, LAW, PLACE, BIAS>(scale, y, *z, bias, out, &mut local);
     }
-    for i in whole..out.len() {
-        let (mut noisy, mut exact) = (law::<LAW>(clean[i], scale, z[i]), clean[i]);
-        if BIAS {
-            noisy += bias[i];
-            exact += bias[i];
-        }
-        out[i] = T::round(noisy);
-        local.add(i - whole, out[i].widen(), T::round(exact).widen(), clean[i]);
+    if !out_tail.is_empty() {
+        // A padded column is 0 with and without noise, and adds 0 to every sum.
+        let padded = |tail: &[f32]| -> [f32; LANES] { from_fn(|l| tail.get(l).copied().unwrap_or(0.0)) };
+        let (z, bias) = (padded(z_tail), padded(bias_tail));
+        let mut out: [T; LANES] = from_fn(|l| out_tail.get(l).copied().unwrap_or(T::round(0.0)));
+        let y = if PLACE == IN_PLACE { from_fn(|l| out[l].widen()) } else { padded(y_tail) };
+        group::<T, LAW, PLACE, BIAS>(scale, y, z, bias, &mut out, &mut local);
+        out_tail.copy_from_slice(&out[..out_tail.len()]);
     }
     *lanes = local;
 }
 
-impl Lanes {
-    #[inline(always)]
-    fn add(&mut self, lane: usize, noisy: f32, exact: f32, clean: f32) {
-        let (error, square) = (noisy as f64 - exact as f64, clean as f64 * clean as f64);
-        self.error[lane] += error;
-        self.error_sq[lane] += error * error;
-        self.clean_sq[lane] += square;
-        self.clean_fourth[lane] += square * square;
+#[inline(always)]
+fn group<T: Output, const LAW: u8, const PLACE: u8, const BIAS: bool>(
+    scale: f32,
+    y: [f32; LANES],
+    z: [f32; LANES],
+    bias: [f32; LANES],
+    out: &mut [T; LANES],
+    lanes: &mut Lanes,
+) {
+    let mut noisy: [f32; LANES] = from_fn(|l| law::<LAW>(y[l], scale, z[l]));
+    let mut exact = y;
+    if BIAS {
+        noisy = from_fn(|l| noisy[l] + bias[l]);
+        exact = from_fn(|l| exact[l] + bias[l]);
     }
+    let rounded: [T; LANES] = from_fn(|l| T::round(noisy[l]));
+    lanes.add(from_fn(|l| rounded[l].widen()), from_fn(|l| T::round(exact[l]).widen()), y);
+    *out = if PLACE == ADDED { from_fn(|l| T::round(out[l].widen() + rounded[l].widen())) } else { rounded };
 }
 
 #[inline(always)]

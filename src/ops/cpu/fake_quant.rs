@@ -152,10 +152,9 @@ fn fake_quant<T: Element>(
         let amax_bits = x.par_chunks(chunk).zip(amaxes.par_chunks_mut(amax_chunk)).map(find).max().unwrap_or(0);
         let g = tensor_encode_scale(f32::from_bits(amax_bits));
         stats.tensor_encode_scale = g;
-        let work =
-            |((x, amaxes), out): ((&[T], &[T::Word]), &mut [T])| nvfp4::rows_of_found(path, x, cols, amaxes, g, out);
         let chunks = x.par_chunks(chunk).zip(amaxes.par_chunks(amax_chunk)).zip(out.par_chunks_mut(chunk));
-        chunks.map(work).reduce(Counts::default, Counts::plus)
+        let work = chunks.map(|((x, amaxes), out)| nvfp4::rows_of_found(path, x, cols, amaxes, g, out));
+        work.reduce(Counts::default, Counts::plus)
     } else {
         let g = match scale {
             TensorScale::Amax(amax) if format == Fast::Nvfp4 => Some(tensor_encode_scale(amax)),

@@ -5,6 +5,7 @@
 //! scales in vectors, then the elements: y = round(min(|x| * encode, max)) * decode with the sign of x. Codes are not
 //! stored; element_rounding.rs rounds magnitudes on the element grid.
 
+use super::element::Element;
 use super::element_rounding::{E2m1Nearest, ElementRounding, round_e4m3};
 use super::fake_quant::{Counts, INFINITY_BITS};
 use super::path::{Path, for_each_path};
@@ -24,6 +25,13 @@ pub(super) struct Job<'a> {
     pub scale: TensorScale,
     pub draw: Option<&'a RoundingDraw<'a>>,
     pub path: Path,
+}
+
+for_each_path! {
+    /// Bits of the largest magnitude, infinity and NaN included.
+    pub(super) fn largest<T: Element>(x: &[T]) -> u32 {
+        largest_bits(x)
+    }
 }
 
 for_each_path! {
@@ -145,16 +153,20 @@ impl Scales {
         {
             (encode, decode) = (other_encode, other_decode);
         }
-        let mut saturated = 0;
-        for (start, group) in (0..).step_by(GROUP).zip(block.chunks_mut(GROUP)) {
-            let mut x = [0.0; GROUP];
-            x[..group.len()].copy_from_slice(group);
-            let mut u = [0; GROUP];
-            if R::STOCHASTIC {
-                u[..group.len()].copy_from_slice(&uniforms[start..start + group.len()]);
-            }
-            saturated += round_group::<R>(&mut x, &u, encode, decode, self.divides);
-            group.copy_from_slice(&x[..group.len()]);
+        let mut saturated = 0u32;
+        let (uniform_groups, uniform_tail) =
+            uniforms[..if R::STOCHASTIC { block.len() } else { 0 }].as_chunks::<GROUP>();
+        let (groups, tail) = block.as_chunks_mut::<GROUP>();
+        for (i, group) in groups.iter_mut().enumerate() {
+            let u = if R::STOCHASTIC { &uniform_groups[i] } else { &[0; GROUP] };
+            saturated = saturated.wrapping_add(round_group::<R>(group, u, encode, decode, self.divides));
+        }
+        if !tail.is_empty() {
+            let (mut x, mut u) = ([0.0; GROUP], [0; GROUP]);
+            x[..tail.len()].copy_from_slice(tail);
+            u[..uniform_tail.len()].copy_from_slice(uniform_tail);
+            saturated = saturated.wrapping_add(round_group::<R>(&mut x, &u, encode, decode, self.divides));
+            tail.copy_from_slice(&x[..tail.len()]);
         }
         saturated
     }
@@ -188,8 +200,10 @@ fn round_group<R: ElementRounding>(
 /// As `block_format::squared_error`: differences in f32, squares in f64, summed in halves.
 #[inline(always)]
 fn squared_error(block: &[f32], encode: f32, decode: f32) -> f64 {
-    let mut x = [0.0; GROUP];
-    x[..block.len()].copy_from_slice(block);
+    let x = match block.first_chunk::<GROUP>() {
+        Some(whole) => *whole,
+        None => std::array::from_fn(|i| block.get(i).copied().unwrap_or(0.0)),
+    };
     let mut y = x;
     round_group::<E2m1Nearest>(&mut y, &[0; GROUP], encode, decode, false);
     let mut squares = [0f64; GROUP];
@@ -207,14 +221,16 @@ fn squared_error(block: &[f32], encode: f32, decode: f32) -> f64 {
 
 /// Bits of the largest magnitude: as integers they order as the magnitudes do, with infinity and NaN above.
 #[inline(always)]
-fn largest_bits(block: &[f32]) -> u32 {
+fn largest_bits<T: Element>(block: &[T]) -> u32 {
     let (groups, tail) = block.as_chunks::<GROUP>();
     let mut lanes = [0u32; GROUP];
     for group in groups {
-        for i in 0..GROUP {
-            lanes[i] = lanes[i].max(group[i].to_bits() & 0x7FFF_FFFF);
+        lanes = std::array::from_fn(|i| lanes[i].max(group[i].read().to_bits() & 0x7FFF_FFFF));
+    }
+    for half in [8, 4, 2, 1] {
+        for i in 0..half {
+            lanes[i] = lanes[i].max(lanes[i + half]);
         }
     }
-    let tail = tail.iter().map(|x| x.to_bits() & 0x7FFF_FFFF).max().unwrap_or(0);
-    lanes.into_iter().fold(tail, u32::max)
+    tail.iter().map(|x| x.read().to_bits() & 0x7FFF_FFFF).fold(lanes[0], u32::max)
 }

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::element;
 use super::element_rounding::{E2m1Away, E2m1Nearest, E2m1Stochastic, E4m3Nearest, E4m3Stochastic};
 use super::fake_quant::{Counts, FakeQuantStats, Fast, fake_quant_bf16_into, fake_quant_f32_into};
-use super::fake_quant_bands::{Job, quantize};
+use super::fake_quant_bands::{Job, largest, quantize};
 use super::path::Path;
 use crate::numerics::block_format::{self, RoundingDraw, TensorScale};
 use crate::numerics::block_scale::tensor_scale;
@@ -122,7 +122,11 @@ pub fn tensor_amax<T: Storage>(x: &[T], cols: usize, format: Format) -> f32 {
     let chunk_amax = |x: &[T]| {
         let mut wide = vec![0.0; x.len()];
         T::widen(x, &mut wide);
-        block_format::finite_amax(&wide, cols, format)
+        match f32::from_bits(largest(Path::best(), &wide)) {
+            finite if finite < f32::INFINITY => finite,
+            // Block by block, to leave out those with NaN or infinity.
+            _ => block_format::finite_amax(&wide, cols, format),
+        }
     };
     x.par_chunks(chunk_rows(cols, format) * cols).map(chunk_amax).reduce(|| 0.0, f32::max)
 }

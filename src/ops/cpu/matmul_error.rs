@@ -4,7 +4,7 @@
 //! Work is cut into chunks of rows by shape alone, sums run in fixed lanes within a row and rows merge in order, so
 //! neither values nor sums depend on the number of threads or on the instruction set.
 
-use super::error_segment::{Lanes, Output, RowSums, segment};
+use super::error_segment::{Lanes, Law, Output, Place, RowSums, segment};
 use super::normals::{Path, fill_blocks};
 use crate::numerics::error_law::{ErrorLaw, NoiseSums};
 use crate::numerics::generator::COLUMN_BLOCK;
@@ -57,7 +57,7 @@ pub fn apply_f32_by(
     cols: usize,
     bias: Option<&[f32]>,
 ) -> NoiseSums {
-    Draw { law, scale, seed, stream, tokens, cols, bias, path }.apply(None, y).noise()
+    Draw { law, scale, seed, stream, tokens, cols, bias, place: Place::Same, path }.apply(&[], y).noise()
 }
 
 /// `apply_f32` from y [rows, cols] f32 to out [rows, cols] bf16.
@@ -75,7 +75,25 @@ pub fn apply_bf16(
     bias: Option<&[f32]>,
     out: &mut [bf16],
 ) -> NoiseSums {
-    Draw { law, scale, seed, stream, tokens, cols, bias, path: Path::best() }.apply(Some(y), out).noise()
+    Draw { law, scale, seed, stream, tokens, cols, bias, place: Place::Apart, path: Path::best() }.apply(y, out).noise()
+}
+
+/// into += law(y) for y, into [rows, cols] f32.
+///
+/// # Panics
+/// Where lengths disagree.
+pub fn accumulate_f32(
+    law: ErrorLaw,
+    scale: f32,
+    seed: u64,
+    stream: u32,
+    tokens: &[u64],
+    y: &[f32],
+    cols: usize,
+    into: &mut [f32],
+) -> NoiseSums {
+    let path = Path::best();
+    Draw { law, scale, seed, stream, tokens, cols, bias: None, place: Place::Added, path }.apply(y, into).noise()
 }
 
 /// AQN: out = RN(w + RN(scale z)) for w, out [rows, cols] f32; `tokens` [rows] are the rows' keys.
@@ -94,7 +112,8 @@ pub fn perturb_f32(
 ) -> PerturbSums {
     assert_eq!(tokens.len(), rows, "one token key a row");
     let law = ErrorLaw::AbsoluteGaussian;
-    let sums = Draw { law, scale, seed, stream, tokens, cols, bias: None, path: Path::best() }.apply(Some(w), out);
+    let sums = Draw { law, scale, seed, stream, tokens, cols, bias: None, place: Place::Apart, path: Path::best() }
+        .apply(w, out);
     PerturbSums { elements: sums.elements, sum: sums.row.error, sum_sq: sums.row.error_sq }
 }
 
@@ -119,15 +138,17 @@ struct Draw<'a> {
     tokens: &'a [u64],
     cols: usize,
     bias: Option<&'a [f32]>,
+    place: Place,
     path: Path,
 }
 
 impl Draw<'_> {
-    /// `clean` None: the clean values stand in `out`.
-    fn apply<T: Output>(&self, clean: Option<&[f32]>, out: &mut [T]) -> Sums {
+    /// `clean` is empty in place: the clean values stand in `out`.
+    fn apply<T: Output>(&self, clean: &[f32], out: &mut [T]) -> Sums {
         let (rows, cols) = (self.tokens.len(), self.cols);
         assert_eq!(out.len(), rows * cols, "out holds [rows, cols], one token key a row");
-        assert!(clean.is_none_or(|y| y.len() == out.len()), "y holds [rows, cols]");
+        let clean_len = if self.place == Place::Same { 0 } else { out.len() };
+        assert_eq!(clean.len(), clean_len, "y holds [rows, cols]");
         assert!(self.bias.is_none_or(|b| b.len() == cols), "bias holds [cols]");
         let elements = out.len() as u64;
         if elements == 0 {
@@ -136,7 +157,7 @@ impl Draw<'_> {
         let chunk_rows = (CHUNK_ELEMENTS / cols).max(1);
         let work = |(chunk, out): (usize, &mut [T])| {
             let first_row = chunk * chunk_rows;
-            let clean = clean.map(|y| &y[first_row * cols..][..out.len()]);
+            let clean = if clean.is_empty() { clean } else { &clean[first_row * cols..][..out.len()] };
             self.apply_rows(first_row, clean, out)
         };
         let row_sums: Vec<Vec<RowSums>> = if out.len() >= PARALLEL_ELEMENTS {
@@ -155,14 +176,14 @@ impl Draw<'_> {
     }
 
     /// A chunk of rows: normals for a batch of 64-column units (of one or several rows), then the law on each row's share.
-    fn apply_rows<T: Output>(&self, first_row: usize, clean: Option<&[f32]>, out: &mut [T]) -> Vec<RowSums> {
+    fn apply_rows<T: Output>(&self, first_row: usize, clean: &[f32], out: &mut [T]) -> Vec<RowSums> {
         let cols = self.cols;
         let row_units = cols.div_ceil(COLUMN_BLOCK);
         let units = out.len() / cols * row_units;
-        let (mut z, mut copy) = ([0f32; SCRATCH_UNITS * COLUMN_BLOCK], [0f32; SCRATCH_UNITS * COLUMN_BLOCK]);
+        let mut z = [0f32; SCRATCH_UNITS * COLUMN_BLOCK];
         let mut row_sums = Vec::with_capacity(out.len() / cols);
-        let (mut lanes, path, segment) =
-            (Lanes::default(), self.path, segment::<T>(self.path, self.law, self.bias.is_some()));
+        let (mut lanes, path) = (Lanes::default(), self.path);
+        let law = Law { law: self.law, scale: self.scale, has_bias: self.bias.is_some(), place: self.place };
         for batch in (0..units).step_by(SCRATCH_UNITS) {
             let batch_end = (batch + SCRATCH_UNITS).min(units);
             if self.law.is_random() {
@@ -178,16 +199,10 @@ impl Draw<'_> {
                 let column = row_unit * COLUMN_BLOCK;
                 let len = (share * COLUMN_BLOCK).min(cols - column);
                 let out = &mut out[row * cols + column..][..len];
-                let clean = match clean {
-                    Some(y) => &y[row * cols + column..][..len],
-                    None => {
-                        copy.iter_mut().zip(&*out).for_each(|(to, from)| *to = from.widen());
-                        &copy[..len]
-                    }
-                };
+                let clean = if clean.is_empty() { clean } else { &clean[row * cols + column..][..len] };
                 let bias = self.bias.map_or(&[][..], |b| &b[column..][..len]);
                 let z = &z[(unit - batch) * COLUMN_BLOCK..][..len];
-                segment(self.scale, clean, z, bias, out, &mut lanes);
+                segment(path, law, clean, z, bias, out, &mut lanes);
                 unit += share;
                 if unit % row_units == 0 {
                     row_sums.push(std::mem::take(&mut lanes).finish());

@@ -64,7 +64,7 @@ impl Kind for Bytes {
 
 for_each_path! {
     /// Fills `out` for columns 0..out.len().
-    pub(super) fn fill<K: Kind>(key: Key, out: &mut [u16]) -> () {
+    pub(super) fn fill<K: Kind>(key: Key, out: &mut [u16]) {
         K::fill(key, out)
     }
 }
