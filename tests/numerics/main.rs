@@ -12,6 +12,5 @@ mod library_vectors;
 mod matmul_error;
 mod nonfinite;
 mod properties;
-mod speed;
 mod stochastic_rounding;
 mod support;
