@@ -8,7 +8,7 @@ use crate::Result;
 use crate::inject::injector::Injector;
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::noise_key::Phase;
-use crate::ops::fake_quant::{amax, error_sums, fake_quant};
+use crate::ops::fake_quant::{amax, fake_quant, fake_quant_with_errors};
 
 /// Quantizes every planned weight that has no quantized copy yet.
 pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
@@ -32,13 +32,15 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
         };
         let rows = weight.value().size()[0] as usize;
         let draw = injector.weight_rounding(*index, model.update_number(), rows)?;
-        let quantized = fake_quant(weight.value(), format, scale, draw.as_ref())?;
         // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one
         // describe weights that only validation quantizes.
         if weight.master().is_some() && trains {
-            injector.record_quant(*index, format, &error_sums(weight.value(), &quantized)?);
+            let (quantized, sums) = fake_quant_with_errors(weight.value(), format, scale, draw.as_ref())?;
+            injector.record_quant(*index, format, &sums);
+            site.set_quantized(quantized);
+        } else {
+            site.set_quantized(fake_quant(weight.value(), format, scale, draw.as_ref())?);
         }
-        site.set_quantized(quantized);
     }
     Ok(())
 }

@@ -4,12 +4,12 @@
 //! Shapes: x [rows, K] f32, bf16 or (on the CPU) f16, contiguous; the result has the same shape and dtype and no
 //! gradient: callers pass it straight through.
 
-use half::{bf16, f16};
 use tch::{Device, Kind, Tensor};
 
-use super::cpu::fake_quant_general::{fake_quant_into, tensor_amax};
+use super::cpu::fake_quant::{Task, error_sums as cpu_error_sums, tensor_amax};
+use super::cpu::tensor::{bf16_slice, bf16_slice_mut, f16_slice, f16_slice_mut, f32_slice, f32_slice_mut};
+use super::cuda;
 use super::matmul_error::RowKeys;
-use super::{cpu, cuda};
 use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorErrorSums;
@@ -30,10 +30,38 @@ pub struct StochasticDraw {
 /// `Runtime` for another dtype, a stochastic format without a draw (or with other than one key per row) and 2-D tiles
 /// with a tensor scale per row; `Unavailable` on CUDA for a format without a kernel.
 pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&StochasticDraw>) -> Result<Tensor> {
-    let (rows, cols) = x.size2()?;
     if x.device() != Device::Cpu {
         return Ok(cuda::fake_quant::fake_quant_scaled(x, format, scale)?.dequantized);
     }
+    Ok(on_cpu(x, format, scale, draw, false)?.0)
+}
+
+/// `fake_quant` and the sums behind the error metrics of the result; on the CPU in one pass.
+///
+/// # Errors
+/// As `fake_quant`.
+pub fn fake_quant_with_errors(
+    x: &Tensor,
+    format: Format,
+    scale: TensorScale,
+    draw: Option<&StochasticDraw>,
+) -> Result<(Tensor, TensorErrorSums)> {
+    if x.device() == Device::Cpu {
+        return on_cpu(x, format, scale, draw, true);
+    }
+    let quantized = fake_quant(x, format, scale, draw)?;
+    let sums = error_sums(x, &quantized)?;
+    Ok((quantized, sums))
+}
+
+fn on_cpu(
+    x: &Tensor,
+    format: Format,
+    scale: TensorScale,
+    draw: Option<&StochasticDraw>,
+    with_errors: bool,
+) -> Result<(Tensor, TensorErrorSums)> {
+    let (rows, cols) = x.size2()?;
     let (rows, cols) = (rows as usize, cols as usize);
     if format.two_d && format.has_tensor_scale() && scale == TensorScale::Row {
         return Err(Error::Runtime(format!("fake_quant: {format} has one tensor scale, not one per row")));
@@ -44,24 +72,15 @@ pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&
         return Err(Error::Runtime(format!("fake_quant: {format}: {keys} row keys for {rows} rows")));
     }
     let draw = draw.map(|draw| RoundingDraw { seed: draw.seed, stream: draw.stream, row_keys: draw.keys.host() });
-    let draw = draw.as_ref();
+    let task = Task { with_errors, ..Task::new(format, scale, draw.as_ref()) };
     let mut out = x.f_empty_like()?;
-    match x.kind() {
-        Kind::Float => {
-            let (x, out) = (cpu::tensor::f32_slice(x)?, cpu::tensor::f32_slice_mut(&mut out)?);
-            fake_quant_into::<f32>(x, rows, cols, format, scale, draw, out);
-        }
-        Kind::BFloat16 => {
-            let (x, out) = (cpu::tensor::bf16_slice(x)?, cpu::tensor::bf16_slice_mut(&mut out)?);
-            fake_quant_into::<bf16>(x, rows, cols, format, scale, draw, out);
-        }
-        Kind::Half => {
-            let (x, out) = (cpu::tensor::f16_slice(x)?, cpu::tensor::f16_slice_mut(&mut out)?);
-            fake_quant_into::<f16>(x, rows, cols, format, scale, draw, out);
-        }
+    let (_, sums) = match x.kind() {
+        Kind::Float => task.run(f32_slice(x)?, rows, cols, f32_slice_mut(&mut out)?),
+        Kind::BFloat16 => task.run(bf16_slice(x)?, rows, cols, bf16_slice_mut(&mut out)?),
+        Kind::Half => task.run(f16_slice(x)?, rows, cols, f16_slice_mut(&mut out)?),
         other => return Err(Error::Runtime(format!("fake_quant: dtype {other:?}, expected f32, bf16 or f16"))),
-    }
-    Ok(out)
+    };
+    Ok((out, sums))
 }
 
 /// The tensor amax A of x: over blocks without NaN or infinity.
@@ -74,17 +93,25 @@ pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
         }
         // Rare, and then which blocks to leave out decides: the CPU's definition does it.
     }
-    let host = x.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?.f_contiguous()?;
-    Ok(tensor_amax(cpu::tensor::f32_slice(&host)?, cols as usize, format))
+    let (host, cols) = (x.f_to_device(Device::Cpu)?.f_contiguous()?, cols as usize);
+    Ok(match host.kind() {
+        Kind::BFloat16 => tensor_amax(bf16_slice(&host)?, cols, format),
+        Kind::Half => tensor_amax(f16_slice(&host)?, cols, format),
+        _ => tensor_amax(f32_slice(&host)?, cols, format),
+    })
 }
 
 /// The sums behind the error metrics of `quantized` against `x`, saturation aside.
 pub fn error_sums(x: &Tensor, quantized: &Tensor) -> Result<TensorErrorSums> {
-    let f32_of = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_kind(Kind::Float)?.f_contiguous()?) };
-    let (x, q) = (f32_of(x)?, f32_of(quantized)?);
     if x.device() == Device::Cpu {
-        return Ok(TensorErrorSums::of(cpu::tensor::f32_slice(&x)?, cpu::tensor::f32_slice(&q)?, 0));
+        let (x, q) = (x.f_contiguous()?, quantized.f_contiguous()?);
+        return Ok(match x.kind() {
+            Kind::BFloat16 => cpu_error_sums(bf16_slice(&x)?, bf16_slice(&q)?),
+            Kind::Half => cpu_error_sums(f16_slice(&x)?, f16_slice(&q)?),
+            _ => cpu_error_sums(f32_slice(&x)?, f32_slice(&q)?),
+        });
     }
+    let (x, q) = (x.f_to_kind(Kind::Float)?, quantized.f_to_kind(Kind::Float)?);
     let finite = x.f_isfinite()?.f_logical_and(&q.f_isfinite()?)?;
     let nonfinite = finite.f_logical_not()?;
     let (x, q) = (x.f_masked_fill(&nonfinite, 0.0)?, q.f_masked_fill(&nonfinite, 0.0)?);

@@ -5,7 +5,7 @@ use temper::numerics::block_format::{RoundingDraw, TensorScale, quantize};
 use temper::numerics::format::Format;
 use temper::numerics::noise_key::row_key;
 use temper::numerics::tensor_error::{TensorError, TensorErrorSums};
-use temper::ops::cpu::fake_quant_general::fake_quant_into;
+use temper::ops::cpu::fake_quant::fake_quant_into;
 
 const ROWS: usize = 1024;
 const COLS: usize = 1024;

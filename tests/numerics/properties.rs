@@ -8,7 +8,7 @@ use proptest::test_runner::RngSeed;
 use temper::numerics::block_format::{Quantized, RoundingDraw, TensorScale, quantize};
 use temper::numerics::format::{Family, Format, MxScaleRule};
 use temper::numerics::{e4m3, e8m0};
-use temper::ops::cpu::fake_quant_general::{Storage, fake_quant_into};
+use temper::ops::cpu::fake_quant::{Storage, fake_quant_into};
 
 const KEYS: [u64; 64] = {
     let mut keys = [0; 64];

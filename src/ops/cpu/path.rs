@@ -69,35 +69,35 @@ impl Path {
 /// Defines `fn name(path, ...)` whose body is compiled once for each path, so that one source vectorises with what the
 /// CPU has. Integer arithmetic in it must wrap explicitly: overflow checks do not vectorise.
 macro_rules! for_each_path {
-    ($(#[$doc:meta])* $vis:vis fn $name:ident<$T:ident: $bound:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident<$($T:ident: $bound:ident),+>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
         $(#[$doc])*
         #[allow(unsafe_code)]
-        $vis fn $name<$T: $bound>(path: $crate::ops::cpu::path::Path, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name<$($T: $bound),+>(path: $crate::ops::cpu::path::Path, $($arg: $ty),*) $(-> $ret)? {
             #[inline(always)]
-            fn portable<$T: $bound>($($arg: $ty),*) $(-> $ret)? $body
+            fn portable<$($T: $bound),+>($($arg: $ty),*) $(-> $ret)? $body
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,popcnt")]
-            fn avx2<$T: $bound>($($arg: $ty),*) $(-> $ret)? {
-                portable::<$T>($($arg),*)
+            fn avx2<$($T: $bound),+>($($arg: $ty),*) $(-> $ret)? {
+                portable::<$($T),+>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,popcnt")]
-            fn avx512<$T: $bound>($($arg: $ty),*) $(-> $ret)? {
-                portable::<$T>($($arg),*)
+            fn avx512<$($T: $bound),+>($($arg: $ty),*) $(-> $ret)? {
+                portable::<$($T),+>($($arg),*)
             }
 
             #[cfg(target_arch = "x86_64")]
             match path.or_below() {
                 $crate::ops::cpu::path::Path::Portable => {}
                 // SAFETY: or_below gives a path only where the CPU has its instructions.
-                $crate::ops::cpu::path::Path::Avx2 => return unsafe { avx2::<$T>($($arg),*) },
+                $crate::ops::cpu::path::Path::Avx2 => return unsafe { avx2::<$($T),+>($($arg),*) },
                 // SAFETY: as above.
-                $crate::ops::cpu::path::Path::Avx512 => return unsafe { avx512::<$T>($($arg),*) },
+                $crate::ops::cpu::path::Path::Avx512 => return unsafe { avx512::<$($T),+>($($arg),*) },
             }
             let _ = path;
-            portable::<$T>($($arg),*)
+            portable::<$($T),+>($($arg),*)
         }
     };
 }

@@ -11,7 +11,7 @@ use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
 use crate::numerics::noise_key::{Phase, Purpose, ROUNDED_WEIGHT, row_key, stream};
 use crate::numerics::tensor_error::TensorErrorSums;
-use crate::ops::cpu::fake_quant_general::{Storage, fake_quant_into, tensor_amax};
+use crate::ops::cpu::fake_quant::{Storage, Task, tensor_amax};
 use crate::{Result, bail_input};
 
 /// Elements of a piece, which one thread works on (at least one row of blocks).
@@ -128,13 +128,8 @@ impl Job {
         };
         let draw = RoundingDraw { seed: 0, stream: self.stream, row_keys: &keys };
         let mut y = x.clone();
-        let stats = fake_quant_into(&x, rows, self.cols, self.format, self.scale, Some(&draw), &mut y);
-        let wide = |values: &[T]| {
-            let mut wide = vec![0.0; values.len()];
-            T::widen(values, &mut wide);
-            wide
-        };
-        let sums = TensorErrorSums::of(&wide(&x), &wide(&y), stats.saturated as u64);
+        let task = Task { with_errors: true, ..Task::new(self.format, self.scale, Some(&draw)) };
+        let (stats, sums) = task.run(&x, rows, self.cols, &mut y);
         Done { bytes: T::bytes(&y), sums, nonfinite_blocks: stats.nonfinite_blocks }
     }
 }

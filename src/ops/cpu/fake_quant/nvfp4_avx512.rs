@@ -6,8 +6,7 @@
 #![allow(unsafe_code)]
 
 use super::element::{Element, Word};
-use super::fake_quant::{Counts, INFINITY_BITS};
-use super::fake_quant_portable::{nvfp4_row as portable_row, padded};
+use super::nvfp4::portable_row;
 use crate::numerics::e2m1::MAGNITUDES;
 use std::arch::x86_64::*;
 
@@ -29,21 +28,23 @@ pub(super) fn row_amaxes<T: Element>(x: &[T], amaxes: &mut [T::Word]) {
     }
 }
 
-/// A row of blocks of known amax under G.
+/// y of a row of blocks of known amax under G; how many elements saturated.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
-pub(super) fn row<T: Element>(x: &[T], amaxes: &[T::Word], g: f32, out: &mut [T], counts: &mut Counts) {
+pub(super) fn row<T: Element>(x: &[T], amaxes: &[T::Word], g: f32, out: &mut [T]) -> usize {
     let (strips, tail) = x.as_chunks::<STRIP>();
     let (out_strips, out_tail) = out.as_chunks_mut::<STRIP>();
     let (whole, last) = amaxes.as_chunks::<BLOCKS>();
+    let mut saturated = 0usize;
     for ((x, amaxes), out) in strips.iter().zip(whole).zip(out_strips) {
-        strip(x, amaxes, g, out, counts);
+        saturated = saturated.wrapping_add(strip(x, amaxes, g, out));
     }
     if !tail.is_empty() {
         let (mut amaxes, mut y) = ([T::Word::ZERO; BLOCKS], [T::ZERO; STRIP]);
         amaxes[..last.len()].copy_from_slice(last);
-        strip(&padded(tail), &amaxes, g, &mut y, counts);
+        saturated = saturated.wrapping_add(strip(&padded(tail), &amaxes, g, &mut y));
         out_tail.copy_from_slice(&y[..tail.len()]);
     }
+    saturated
 }
 
 #[inline]
@@ -74,19 +75,19 @@ fn widened_amaxes<T: Element>(amaxes: &[T::Word; BLOCKS]) -> __m512i {
 
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
-fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &mut [T; STRIP], counts: &mut Counts) {
+fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &mut [T; STRIP]) -> usize {
     let amax = widened_amaxes::<T>(amaxes);
-    if _mm512_cmpge_epu32_mask(amax, _mm512_set1_epi32(INFINITY_BITS as i32)) != 0 {
-        return portable_row(x, g, out, counts);
+    if _mm512_cmpge_epu32_mask(amax, _mm512_set1_epi32(f32::INFINITY.to_bits() as i32)) != 0 {
+        return portable_row(x, amaxes, g, out);
     }
     let (encode, decode) = block_scales(_mm512_castsi512_ps(amax), g);
-    counts.saturated = counts.saturated.wrapping_add(match T::IS_BF16 {
+    match T::IS_BF16 {
         true => quantize_bf16(x, encode, decode, out),
         false => quantize_f32(x, encode, decode, out),
-    });
+    }
 }
 
-/// (E, S * D) of 16 blocks, as fake_quant_portable.rs has them for one.
+/// (E, S * D) of 16 blocks, as scales.rs has them for one.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,popcnt")]
 fn block_scales(amax: __m512, g: f32) -> (__m512, __m512) {
@@ -267,4 +268,12 @@ fn amax_f32<T: Element>(x: &[T; STRIP]) -> __m512i {
     let halves = |a, b| _mm512_max_epu32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
     let (evens, odds) = evens_and_odds(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
     in_order(_mm512_max_epu32(evens, odds))
+}
+
+/// The rest of a row as a strip.
+#[inline]
+fn padded<T: Element>(tail: &[T]) -> [T; STRIP] {
+    let mut strip = [T::ZERO; STRIP];
+    strip[..tail.len()].copy_from_slice(tail);
+    strip
 }

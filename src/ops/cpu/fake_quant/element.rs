@@ -1,11 +1,28 @@
-//! The storage dtypes of fake quantization, as values and as bit patterns.
+//! The storage dtypes of fake quantization: as values, as bit patterns, and how a matrix of each is worked on.
 
-use super::path::for_each_path;
-use half::bf16;
+use half::{bf16, f16, slice::HalfFloatSliceExt};
 use std::ops::{BitAnd, BitOr};
 
-/// A storage dtype: read exactly into f32, rounded to nearest even on the way back. Also as bits: sign, 8 bits of
-/// exponent, mantissa.
+use super::{FakeQuantStats, Task, job};
+use crate::numerics::format::Format;
+use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::cpu::path::Path;
+
+/// A storage dtype.
+pub trait Storage: Copy + Send + Sync {
+    /// Reads exactly.
+    fn widen(x: &[Self], out: &mut [f32]);
+    /// Rounds to nearest even.
+    fn narrow(x: &[f32], out: &mut [Self]);
+    /// `Task::run` of what it has checked.
+    #[doc(hidden)]
+    fn run(task: &Task, x: &[Self], cols: usize, out: &mut [Self]) -> (FakeQuantStats, TensorErrorSums);
+    #[doc(hidden)]
+    fn tensor_amax(path: Path, x: &[Self], cols: usize, format: Format) -> f32;
+}
+
+/// A storage dtype that the kernels work on: read exactly into f32, rounded to nearest even on the way back. Also as
+/// bits: sign, 8 bits of exponent, mantissa.
 pub(super) trait Element: Copy + Send + Sync {
     /// bf16 if true, f32 if false; the vector code loads and stores by it.
     const IS_BF16: bool;
@@ -57,7 +74,7 @@ impl Element for bf16 {
     fn read(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)
     }
-    /// Finite values alone come here; NaN blocks are written as such.
+    /// Finite values and infinities alone come here; NaN blocks are written as such.
     #[inline(always)]
     fn round(value: f32) -> bf16 {
         let bits = value.to_bits();
@@ -73,21 +90,7 @@ impl Element for bf16 {
     }
 }
 
-for_each_path! {
-    /// Exactly.
-    pub(super) fn widen<T: Element>(x: &[T], out: &mut [f32]) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = x.read());
-    }
-}
-
-for_each_path! {
-    /// Rounds what is finite or `f32::NAN`.
-    pub(super) fn narrow<T: Element>(x: &[f32], out: &mut [T]) {
-        out.iter_mut().zip(x).for_each(|(out, x)| *out = T::round(*x));
-    }
-}
-
-/// Arithmetic on bit patterns; sums and differences wrap.
+/// Arithmetic on bit patterns; sums, differences and shifts drop what does not fit.
 pub(super) trait Word: Copy + Ord + Send + Sync + BitAnd<Output = Self> + BitOr<Output = Self> {
     const ZERO: Self;
     /// The low bits.
@@ -127,3 +130,49 @@ macro_rules! word {
 }
 word!(u16);
 word!(u32);
+
+impl Storage for f32 {
+    fn widen(x: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(x);
+    }
+    fn narrow(x: &[f32], out: &mut [f32]) {
+        out.copy_from_slice(x);
+    }
+    fn run(task: &Task, x: &[f32], cols: usize, out: &mut [f32]) -> (FakeQuantStats, TensorErrorSums) {
+        job::run(task, x, cols, out)
+    }
+    fn tensor_amax(path: Path, x: &[f32], cols: usize, format: Format) -> f32 {
+        job::tensor_amax(path, x, cols, format)
+    }
+}
+
+impl Storage for bf16 {
+    fn widen(x: &[bf16], out: &mut [f32]) {
+        x.convert_to_f32_slice(out);
+    }
+    fn narrow(x: &[f32], out: &mut [bf16]) {
+        out.convert_from_f32_slice(x);
+    }
+    fn run(task: &Task, x: &[bf16], cols: usize, out: &mut [bf16]) -> (FakeQuantStats, TensorErrorSums) {
+        job::run(task, x, cols, out)
+    }
+    fn tensor_amax(path: Path, x: &[bf16], cols: usize, format: Format) -> f32 {
+        job::tensor_amax(path, x, cols, format)
+    }
+}
+
+/// f16 has no kernels of its own: its chunks are widened to f32 on the way in and narrowed on the way out.
+impl Storage for f16 {
+    fn widen(x: &[f16], out: &mut [f32]) {
+        x.convert_to_f32_slice(out);
+    }
+    fn narrow(x: &[f32], out: &mut [f16]) {
+        out.convert_from_f32_slice(x);
+    }
+    fn run(task: &Task, x: &[f16], cols: usize, out: &mut [f16]) -> (FakeQuantStats, TensorErrorSums) {
+        job::run_widened(task, x, cols, out)
+    }
+    fn tensor_amax(path: Path, x: &[f16], cols: usize, format: Format) -> f32 {
+        job::tensor_amax_widened(path, x, cols, format)
+    }
+}

@@ -3,8 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::element::{Element, Word};
-use super::fake_quant::{Counts, INFINITY_BITS};
-use super::fake_quant_portable::{nvfp4_row as portable_row, padded};
+use super::nvfp4::portable_row;
 use crate::numerics::e2m1::MAGNITUDES;
 use std::arch::x86_64::*;
 
@@ -27,21 +26,23 @@ pub(super) fn row_amaxes<T: Element>(x: &[T], amaxes: &mut [T::Word]) {
     }
 }
 
-/// A row of blocks of known amax under G.
+/// y of a row of blocks of known amax under G; how many elements saturated.
 #[target_feature(enable = "avx2,popcnt")]
-pub(super) fn row<T: Element>(x: &[T], amaxes: &[T::Word], g: f32, out: &mut [T], counts: &mut Counts) {
+pub(super) fn row<T: Element>(x: &[T], amaxes: &[T::Word], g: f32, out: &mut [T]) -> usize {
     let (strips, tail) = x.as_chunks::<STRIP>();
     let (out_strips, out_tail) = out.as_chunks_mut::<STRIP>();
     let (whole, last) = amaxes.as_chunks::<BLOCKS>();
+    let mut saturated = 0usize;
     for ((x, amaxes), out) in strips.iter().zip(whole).zip(out_strips) {
-        strip(x, amaxes, g, out, counts);
+        saturated = saturated.wrapping_add(strip(x, amaxes, g, out));
     }
     if !tail.is_empty() {
         let (mut amaxes, mut y) = ([T::Word::ZERO; BLOCKS], [T::ZERO; STRIP]);
         amaxes[..last.len()].copy_from_slice(last);
-        strip(&padded(tail), &amaxes, g, &mut y, counts);
+        saturated = saturated.wrapping_add(strip(&padded(tail), &amaxes, g, &mut y));
         out_tail.copy_from_slice(&y[..tail.len()]);
     }
+    saturated
 }
 
 #[inline]
@@ -74,10 +75,10 @@ fn widened_amaxes<T: Element>(amaxes: &[T::Word; BLOCKS]) -> __m256i {
 
 #[inline]
 #[target_feature(enable = "avx2,popcnt")]
-fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &mut [T; STRIP], counts: &mut Counts) {
+fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &mut [T; STRIP]) -> usize {
     let amax = widened_amaxes::<T>(amaxes);
-    if _mm256_movemask_epi8(_mm256_cmpgt_epi32(amax, _mm256_set1_epi32(INFINITY_BITS as i32 - 1))) != 0 {
-        return portable_row(x, g, out, counts);
+    if _mm256_movemask_epi8(_mm256_cmpgt_epi32(amax, _mm256_set1_epi32(f32::INFINITY.to_bits() as i32 - 1))) != 0 {
+        return portable_row(x, amaxes, g, out);
     }
     let (encode, decode) = block_scales(_mm256_castsi256_ps(amax), g);
     let (mut encodes, mut decodes) = ([0.0; BLOCKS], [0.0; BLOCKS]);
@@ -85,6 +86,7 @@ fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &m
     store(decode, &mut decodes);
     let (x, _) = x.as_chunks::<BLOCK>();
     let (out, _) = out.as_chunks_mut::<BLOCK>();
+    let mut saturated = 0usize;
     for block in 0..BLOCKS {
         let (encode, decode) = (_mm256_set1_ps(encodes[block]), _mm256_set1_ps(decodes[block]));
         let values = _mm256_mul_ps(load(&MAGNITUDES), decode);
@@ -92,11 +94,12 @@ fn strip<T: Element>(x: &[T; STRIP], amaxes: &[T::Word; BLOCKS], g: f32, out: &m
             true => quantize_bf16(&x[block], encode, values, &mut out[block]),
             false => quantize_f32(&x[block], encode, values, &mut out[block]),
         };
-        counts.saturated = counts.saturated.wrapping_add(above as usize);
+        saturated = saturated.wrapping_add(above as usize);
     }
+    saturated
 }
 
-/// (E, S * D) of 8 blocks, as fake_quant_portable.rs has them for one.
+/// (E, S * D) of 8 blocks, as scales.rs has them for one.
 #[inline]
 #[target_feature(enable = "avx2,popcnt")]
 fn block_scales(amax: __m256, g: f32) -> (__m256, __m256) {
@@ -242,4 +245,12 @@ fn load(values: &[f32; 8]) -> __m256 {
 fn store(v: __m256, values: &mut [f32; 8]) {
     // SAFETY: 8 values; the store needs no alignment.
     unsafe { _mm256_storeu_ps(values.as_mut_ptr(), v) };
+}
+
+/// The rest of a row as a strip.
+#[inline]
+fn padded<T: Element>(tail: &[T]) -> [T; STRIP] {
+    let mut strip = [T::ZERO; STRIP];
+    strip[..tail.len()].copy_from_slice(tail);
+    strip
 }
