@@ -90,10 +90,7 @@ pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut
             Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
                 accumulate_product(dw, draw, keys, sink.as_ref(), into)
             }
-            _ => {
-                let _ = into.f_add_(&dw)?;
-                Ok(())
-            }
+            _ => into.f_add_(&dw).map(drop).map_err(Error::from),
         };
     }
     let (dy, x) = (dy.f_to_kind(Kind::Float)?, x.f_to_kind(Kind::Float)?);
@@ -102,10 +99,7 @@ pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut
             accumulate_noisy(&dy, &x, draw, keys, sink.as_ref(), into)
         }
         // Without an error of its own the product needs no place of its own.
-        _ => {
-            let _ = into.f_addmm_(&dy, &x)?;
-            Ok(())
-        }
+        _ => into.f_addmm_(&dy, &x).map(drop).map_err(Error::from),
     }
 }
 

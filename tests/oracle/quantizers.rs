@@ -103,7 +103,8 @@ fn quantizers_agree_with_the_libraries() {
 
 /// Element codecs on one value after the other, and E8M0 on every byte.
 fn compare_codecs(found: &Checkpoint, codec: &[f32]) {
-    let rules: [(&str, fn(f32) -> f32); 3] = [
+    type Rule = (&'static str, fn(f32) -> f32);
+    let rules: [Rule; 3] = [
         ("ml_dtypes.e2m1", |x| e2m1::decode(e2m1::encode(x))),
         ("ml_dtypes.e4m3", |x| e4m3::decode(e4m3::encode(x))),
         ("torch.e4m3", |x| e4m3::decode(e4m3::encode(x))),
