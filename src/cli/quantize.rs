@@ -52,7 +52,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     };
     let order = |t: &QuantizedTensor| quantizer.specs.iter().position(|spec| spec.name == t.name);
     report.sort_by_key(order);
-    print(&report, &quantizer, format, global)
+    print_report(&report, &quantizer, format, global)
 }
 
 /// Opens IN; the configuration of a model directory must be sound and agree with the weights.
@@ -156,7 +156,7 @@ impl<'a> Pass<'a> {
     }
 }
 
-fn print(report: &[QuantizedTensor], quantizer: &Quantizer, format: Format, global: &Global) -> Result<()> {
+fn print_report(report: &[QuantizedTensor], quantizer: &Quantizer, format: Format, global: &Global) -> Result<()> {
     let mean = mean_error(report);
     let nonfinite: usize = report.iter().map(|t| t.nonfinite_blocks).sum();
     let copied = quantizer.specs.len() - report.len();

@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+/// Projections that deployed kernels fuse, and whose weights therefore share one tensor scale.
+pub const FUSED_PROJECTIONS: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ModuleKind {

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-pub use super::modules::{ModuleKind, ModuleSpec, qwen2_modules};
+pub use super::modules::{FUSED_PROJECTIONS, ModuleKind, ModuleSpec, qwen2_modules};
 use super::multipliers;
 use super::schedule;
 use super::section::{
@@ -147,14 +147,12 @@ impl InjectionPlan {
     /// q/k/v and gate/up of a layer, as deployment stores them fused. Only formats with a tensor scale
     /// have something to share.
     pub fn tensor_scale_siblings(&self, index: u32) -> Vec<u32> {
-        const FUSED: [&[&str]; 2] =
-            [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], &["mlp.gate_proj", "mlp.up_proj"]];
         let two_level =
             |m: &&ModulePlan| self.share_tensor_scale && m.weight_format.is_some_and(Format::has_tensor_scale);
         let Some(module) = self.modules.get(index as usize).filter(two_level) else {
             return vec![index];
         };
-        let group = FUSED.iter().find(|names| names.iter().any(|name| module.name.ends_with(name)));
+        let group = FUSED_PROJECTIONS.iter().find(|names| names.iter().any(|name| module.name.ends_with(name)));
         let Some(group) = group else {
             return vec![index];
         };

@@ -12,5 +12,6 @@ mod library_vectors;
 mod matmul_error;
 mod nonfinite;
 mod properties;
+mod random;
 mod stochastic_rounding;
 mod support;

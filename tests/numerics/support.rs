@@ -1,5 +1,6 @@
 //! Test data: the shared vectors, a cheap generator, and inputs that are able to fail.
 
+pub use crate::random::Random;
 use safetensors::{Dtype, SafeTensors};
 use std::path::PathBuf;
 
@@ -61,31 +62,7 @@ pub fn floats(file: &SafeTensors, name: &str) -> Vec<f32> {
     }
 }
 
-/// SplitMix64: independent of the generator under test.
-pub struct Random(pub u64);
-
 impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    pub fn below(&mut self, n: usize) -> usize {
-        (self.next() % n as u64) as usize
-    }
-
-    fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-    }
-
-    /// Box-Muller.
-    pub fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * self.uniform().ln()).sqrt();
-        (radius * (std::f64::consts::TAU * self.uniform()).cos()) as f32
-    }
-
     /// Values that hit ties, zeros of both signs, subnormals, outliers and scales far apart.
     pub fn nasty(&mut self) -> f32 {
         let sign = if self.next() & 1 == 0 { 1.0 } else { -1.0 };

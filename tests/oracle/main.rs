@@ -12,4 +12,6 @@ mod library;
 mod quantizer_inputs;
 mod quantizer_quirks;
 mod quantizers;
+#[path = "../numerics/random.rs"]
+mod random;
 mod written;

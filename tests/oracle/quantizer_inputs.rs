@@ -2,37 +2,14 @@
 
 use half::bf16;
 
+use crate::random::Random;
+
 pub const ROWS: usize = 48;
 pub const COLS: usize = 256;
 
-/// SplitMix64.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn uniform(&mut self) -> f64 {
-        ((self.next() >> 11) as f64 + 0.5) / (1u64 << 53) as f64
-    }
-
-    fn normal(&mut self) -> f32 {
-        let radius = (-2.0 * self.uniform().ln()).sqrt();
-        (radius * (std::f64::consts::TAU * self.uniform()).cos()) as f32
-    }
-
-    fn finite_bits(&mut self) -> f32 {
-        let value = f32::from_bits(self.next() as u32);
-        if value.is_finite() { value } else { 1.0 }
-    }
+fn finite_bits(random: &mut Random) -> f32 {
+    let value = f32::from_bits(random.next() as u32);
+    if value.is_finite() { value } else { 1.0 }
 }
 
 /// A matrix [ROWS, COLS].
@@ -64,14 +41,14 @@ pub fn inputs(seed: u64) -> Vec<Input> {
         // Row 7 is all zero.
         ("zeros_and_outliers", true, |random, i| match random.below(20) {
             0 if i / COLS != 7 => random.normal() * 100.0,
-            n if n < 12 || i / 64 % 3 == 0 || i / COLS == 7 => [0.0, -0.0][(n % 2) as usize],
+            n if n < 12 || i / 64 % 3 == 0 || i / COLS == 7 => [0.0, -0.0][n % 2],
             _ => random.normal(),
         }),
         ("ties", true, |random, i| tie(random) * 2f32.powi((i / 32 % 13) as i32 - 6)),
-        ("bits", false, |random, _| random.finite_bits()),
+        ("bits", false, |random, _| finite_bits(random)),
         ("subnormal", false, |random, _| f32::from_bits(random.below(1 << 25) as u32 | (random.below(2) as u32) << 31)),
         ("nan_and_infinity", false, |random, _| match random.below(100) {
-            0 => [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][random.below(3) as usize],
+            0 => [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][random.below(3)],
             _ => random.normal(),
         }),
     ];
@@ -98,7 +75,7 @@ fn push(all: &mut Vec<Input>, kind: &str, moderate: bool, values: Vec<f32>) {
 /// On a tie of E2M1 or E4M3, or a place beside one.
 fn tie(random: &mut Random) -> f32 {
     let ties = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, 7.0, 4.0, 1.0625, 5.75, 6.75];
-    let value: f32 = ties[random.below(ties.len() as u64) as usize];
+    let value: f32 = ties[random.below(ties.len())];
     let value = match random.below(4) {
         0 => value.next_up(),
         1 => value.next_down(),
@@ -112,10 +89,10 @@ fn amax_walk(random: &mut Random) -> Vec<f32> {
     const MANTISSAS: [u32; 10] =
         [0, 1, 0x3F_FFFF, 0x40_0000, 0x40_0001, 0x5F_FFFF, 0x60_0000, 0x60_0001, 0x78_0000, 0x7F_FFFF];
     let blocks = (0..ROWS * COLS / 32).map(|_| {
-        let (exponent, at) = (random.below(255) as u32, random.below(10) as usize);
+        let (exponent, at) = (random.below(255) as u32, random.below(10));
         let amax = f32::from_bits(exponent << 23 | MANTISSAS[at]);
         let mut block: Vec<f32> = (0..32).map(|_| amax * (2.0 * random.uniform() - 1.0) as f32).collect();
-        block[random.below(32) as usize] = amax;
+        block[random.below(32)] = amax;
         block
     });
     blocks.flatten().collect()
@@ -125,7 +102,7 @@ fn amax_walk(random: &mut Random) -> Vec<f32> {
 pub fn codec_values(seed: u64) -> Vec<f32> {
     let mut random = Random(seed);
     let mut values: Vec<f32> = (0..=u16::MAX).map(|bits| bf16::from_bits(bits).to_f32()).collect();
-    values.extend((0..100_000).map(|_| random.finite_bits()));
+    values.extend((0..100_000).map(|_| finite_bits(&mut random)));
     values.extend((0..100_000).map(|_| random.normal() * 2f32.powi(random.below(16) as i32 - 8)));
     for byte in 0..0x7E {
         let tie = (temper::numerics::e4m3::decode(byte) + temper::numerics::e4m3::decode(byte + 1)) / 2.0;

@@ -12,6 +12,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::{Checkpoint, StoredDtype, TensorSink, TensorSpec, is_readable_float};
+use crate::inject::plan::FUSED_PROJECTIONS;
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::Format;
 use crate::numerics::tensor_error::TensorError;
@@ -20,9 +21,6 @@ use pieces::Pieces;
 
 /// Names of modules that stay as they are unless a user says otherwise.
 pub const DEFAULT_EXCLUDED: [&str; 2] = ["lm_head", "embed_tokens"];
-
-/// Projections that deployed kernels fuse, and that therefore share one tensor scale.
-const FUSED: [&[&str]; 2] = [&["q_proj", "k_proj", "v_proj"], &["gate_proj", "up_proj"]];
 
 /// What quantization did to one tensor.
 #[derive(Clone, Debug, Serialize)]
@@ -159,7 +157,7 @@ pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
 fn fused_group(name: &str) -> Option<String> {
     let module = name.strip_suffix(".weight")?;
     let (parent, projection) = module.rsplit_once('.')?;
-    let group = FUSED.iter().find(|group| group.contains(&projection))?;
+    let group = FUSED_PROJECTIONS.iter().find(|group| group.contains(&projection))?;
     Some(format!("{parent}.{}", group[0]))
 }
 

@@ -1,8 +1,7 @@
 //! The law on a share of one row of matmul_error.rs: out = round(law(y, s, z) + bias), and the sums of what it did.
 //! Rust never contracts a product and a sum by itself, so every path gives the same bits.
 
-use crate::ops::cpu::arrays::from_fn;
-
+use super::arrays::from_fn;
 use super::path::for_each_path;
 use crate::numerics::error_law::ErrorLaw;
 use half::bf16;
@@ -110,7 +109,7 @@ const ABSOLUTE: u8 = 1;
 const SYSTEMATIC: u8 = 2;
 
 const APART: u8 = 0;
-const IN_PLACE: u8 = 1;
+const SAME: u8 = 1;
 const ADDED: u8 = 2;
 
 for_each_path! {
@@ -136,8 +135,8 @@ fn segment_of<T: Output, const LAW: u8>(
     match (law.place, law.has_bias) {
         (Place::Apart, false) => groups::<T, LAW, APART, false>(law.scale, clean, z, bias, out, lanes),
         (Place::Apart, true) => groups::<T, LAW, APART, true>(law.scale, clean, z, bias, out, lanes),
-        (Place::Same, false) => groups::<T, LAW, IN_PLACE, false>(law.scale, clean, z, bias, out, lanes),
-        (Place::Same, true) => groups::<T, LAW, IN_PLACE, true>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, false) => groups::<T, LAW, SAME, false>(law.scale, clean, z, bias, out, lanes),
+        (Place::Same, true) => groups::<T, LAW, SAME, true>(law.scale, clean, z, bias, out, lanes),
         (Place::Added, _) => groups::<T, LAW, ADDED, false>(law.scale, clean, z, bias, out, lanes),
     }
 }
@@ -157,7 +156,7 @@ fn groups<T: Output, const LAW: u8, const PLACE: u8, const BIAS: bool>(
     let (bias_groups, bias_tail) = bias.as_chunks::<LANES>();
     let mut local = *lanes;
     for (i, (z, out)) in z_groups.iter().zip(out_groups).enumerate() {
-        let y = if PLACE == IN_PLACE { from_fn(|l| out[l].widen()) } else { y_groups[i] };
+        let y = if PLACE == SAME { from_fn(|l| out[l].widen()) } else { y_groups[i] };
         let bias = if BIAS { bias_groups[i] } else { [0.0; LANES] };
         group::<T, LAW, PLACE, BIAS>(scale, y, *z, bias, out, &mut local);
     }
@@ -166,7 +165,7 @@ fn groups<T: Output, const LAW: u8, const PLACE: u8, const BIAS: bool>(
         let padded = |tail: &[f32]| -> [f32; LANES] { from_fn(|l| tail.get(l).copied().unwrap_or(0.0)) };
         let (z, bias) = (padded(z_tail), padded(bias_tail));
         let mut out: [T; LANES] = from_fn(|l| out_tail.get(l).copied().unwrap_or(T::round(0.0)));
-        let y = if PLACE == IN_PLACE { from_fn(|l| out[l].widen()) } else { padded(y_tail) };
+        let y = if PLACE == SAME { from_fn(|l| out[l].widen()) } else { padded(y_tail) };
         group::<T, LAW, PLACE, BIAS>(scale, y, z, bias, &mut out, &mut local);
         out_tail.copy_from_slice(&out[..out_tail.len()]);
     }
