@@ -40,6 +40,7 @@ std::vector<Fiber> fibers;
 ucontext_t scheduler;
 uint32_t running = 0;
 const std::function<void()>* body = nullptr;
+const Entry* first_entry = nullptr;
 
 void entry() {
   (*body)();
@@ -133,6 +134,20 @@ uint64_t exchange(uint64_t value, int from_lane) {
   const uint64_t received = fibers[self / kWarp * kWarp + uint32_t(from_lane)].slot;
   pause(Wait::kWarp);  // everyone has read
   return received;
+}
+
+Entry::Entry(const char* name_, size_t args_bytes_, void (*run_)(const void*))
+    : name(name_), args_bytes(args_bytes_), run(run_), next(first_entry) {
+  first_entry = this;
+}
+
+const char* launch_entry(const char* name, uint32_t grid, uint32_t block, const void* args, size_t args_bytes) {
+  for (const Entry* entry = first_entry; entry != nullptr; entry = entry->next) {
+    if (strcmp(entry->name, name) != 0) continue;
+    if (entry->args_bytes != args_bytes) return "an argument struct of another size than the kernel's";
+    return launch(grid, block, [=] { entry->run(args); });
+  }
+  return "no kernel of that name";
 }
 
 const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& kernel) {

@@ -15,11 +15,8 @@
 
 #include <functional>
 
-#define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
-#define __launch_bounds__(...)
 // A section of its own, so that a block can begin with all of it set to NaN. Only in extern "C" kernels: GCC gives a
 // template's statics another section.
 #define __shared__ static __attribute__((section("temper_shared")))
@@ -38,9 +35,22 @@ struct ThreadState {
 
 extern ThreadState current;  // of the running fiber
 
+// A kernel under its name (TEMPER_KERNEL of include/portable.cuh makes one of each): `run` is one thread of it.
+struct Entry {
+  const char* name;
+  size_t args_bytes;
+  void (*run)(const void* args);
+  const Entry* next;
+
+  Entry(const char* name, size_t args_bytes, void (*run)(const void*));
+};
+
 // Runs `kernel` for every thread of a one-dimensional grid. Returns null, or what went wrong. One launch at a time;
 // concurrent callers wait.
 const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& kernel);
+
+// Launches the kernel of that name with its argument struct.
+const char* launch_entry(const char* name, uint32_t grid, uint32_t block, const void* args, size_t args_bytes);
 
 // 0 ascending, 1 descending, else a permutation drawn anew after every barrier.
 void set_thread_order(uint32_t order);
@@ -80,6 +90,21 @@ T __shfl_down_sync(unsigned, T value, unsigned delta, int width = host::kWarp) {
   const int other = lane + int(delta);
   return host::shuffle(value, other / width == lane / width ? other : lane);
 }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int from_lane) {
+  return host::shuffle(value, from_lane);
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t value) {
+  for (int bit = 1; bit < host::kWarp; bit *= 2) {
+    const uint32_t other = __shfl_xor_sync(mask, value, bit);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+inline bool __any_sync(unsigned mask, bool value) { return __reduce_max_sync(mask, value) != 0; }
+inline bool __all_sync(unsigned mask, bool value) { return !__any_sync(mask, !value); }
 
 // Only one fiber runs at a time, so these need no lock.
 template <typename T, typename U>

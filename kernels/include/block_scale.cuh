@@ -1,72 +1,113 @@
-// From a block's amax b to its scale: what a finite block is multiplied by before E2M1, and what its codes are
-// multiplied by after it (numerics.md section 2; the definition is src/numerics/block_format.rs).
+// From a block's amax b to its scale: what a finite block is multiplied by (or divided by) before its elements are
+// rounded, what their values are multiplied by after it, and what is stored (numerics.md section 2; the definition is
+// src/numerics/block_scale.rs). A format is a struct: its grid, its block, scale(), and how many blocks of threads its
+// kernels want on a multiprocessor.
 #pragma once
 
 #include "e2m1.cuh"
 #include "e4m3.cuh"
 
-// The values are the wire between src/ops/cuda/fake_quant.rs and the kernels.
-enum QuantFormat : uint32_t {
-  kMxfp4Floor = 0,
-  kMxfp4Even = 1,
-  kMxfp4Rceil = 2,
-  kNvfp4 = 3,
-  kNvfp4SingleLevel = 4,
-};
-
-TEMPER_DEVICE uint32_t block_size_of(uint32_t format) { return format <= kMxfp4Rceil ? 32 : 16; }
-
 struct BlockScale {
-  float encode;  // scaled = x * encode, or x / decode where `divide`
-  float decode;  // y = value(code) * decode
-  bool divide;
+  float encode;   // scaled = x * encode; unused where the format divides
+  float decode;   // scaled = x / decode where the format divides; y = value * decode
+  uint32_t byte;  // E8M0 or E4M3; 0 in fp8
 };
 
-// mxfp4: 2^k with b = m * 2^e, k = e - 2 (+1 by rule), clamped to [-127, 127]; zero and subnormal b give -127.
-TEMPER_DEVICE BlockScale mxfp4_scale(float b, uint32_t rule) {
-  const uint32_t bits = bits_of(b);
-  const int biased = int(bits >> 23);
-  const uint32_t mantissa = bits & 0x7fffffu;
-  int k = -127;
-  if (biased != 0) {
-    const int up = (rule == kMxfp4Even && mantissa >= 0x600000u)     // m >= 1.75
-                   || (rule == kMxfp4Rceil && mantissa > 0x400000u);  // m > 1.5
-    k = biased - 127 - 2 + up;
-    k = k < -127 ? -127 : k;  // the largest e is 127, so k <= 126
+// The values are the wire between src/ops/cuda/fake_quant.rs and the kernels.
+enum MxScaleRule : uint32_t { kFloor = 0, kEven = 1, kRceil = 2 };
+
+// mxfp4, mxfp8: 2^k with b = m * 2^e, k = e - emax (+1 by rule), clamped to [-127, 127]; zero and subnormal b give -127.
+template <class Grid_, int kMaxExponent, uint32_t kLargestMantissa>
+struct MxFormat {
+  using Grid = Grid_;
+  static constexpr uint32_t kBlock = 32, kResident = 4;
+  static constexpr bool kDivides = false, kTwoCandidates = false;
+  static constexpr uint32_t kNonfiniteByte = 0xff;
+
+  TEMPER_DEVICE BlockScale scale(uint32_t rule, float b, float) {
+    const uint32_t bits = bits_of(b), mantissa = bits & 0x7fffffu;
+    const int biased = int(bits >> 23);
+    int k = -127;
+    if (biased != 0) {
+      const int up = (rule == kEven && mantissa >= 0x600000u)             // m >= 1.75
+                     || (rule == kRceil && mantissa > kLargestMantissa);  // m > that of the largest element
+      k = biased - 127 - kMaxExponent + up;
+      k = k < -127 ? -127 : k;  // the largest e is 127, so k <= 126
+    }
+    return BlockScale{power_of_two(-k), power_of_two(k), uint32_t(k + 127)};
   }
-  return BlockScale{power_of_two(-k), power_of_two(k), false};
+  TEMPER_DEVICE float tensor_scale(uint32_t, float) { return 1.0f; }
+};
+
+using Mxfp4 = MxFormat<E2m1Grid, 2, 0x400000>;  // 6 = 1.5 * 2^2
+using Mxfp8 = MxFormat<E4m3Grid, 8, 0x600000>;  // 448 = 1.75 * 2^8
+
+// G = range / A, the tensor_encode_scale; 1 for a tensor of zeros.
+TEMPER_DEVICE float tensor_encode_scale(float range, float tensor_amax) {
+  return tensor_amax == 0.0f ? 1.0f : fminf(range / tensor_amax, kFloatMax);
 }
 
-// G = 2688 / A, the tensor_encode_scale; 1 for a tensor of zeros.
-TEMPER_DEVICE float tensor_encode_scale(float tensor_amax) {
-  if (tensor_amax == 0.0f) return 1.0f;
-  const float g = 2688.0f / tensor_amax;
-  return g < kFloatMax ? g : kFloatMax;
-}
-
-// nvfp4: S = e4m3(min(b * (G * (1/6)), 448)), decode S * (1/G), encode min(1/decode, largest f32), 0 where S = 0.
-TEMPER_DEVICE BlockScale nvfp4_scale(float b, float g) {
-  const float target = b * (g * (1.0f / 6.0f));
-  const float scale = e4m3_decode(e4m3_encode(target < kE4m3Max ? target : kE4m3Max));
+// S = e4m3(min(target, 448)), decode S * (1/G), encode min(1/decode, largest f32), 0 where S = 0.
+TEMPER_DEVICE BlockScale two_level_scale(float target, float g) {
+  const float scale = round_nearest_even<E4m3Grid>(fminf(target, E4m3Grid::kMax));
   const float decode = scale * (1.0f / g);
-  const float inverse = 1.0f / decode;
-  const float encode = scale == 0.0f ? 0.0f : inverse < kFloatMax ? inverse : kFloatMax;
-  return BlockScale{encode, decode, false};
+  return BlockScale{scale == 0.0f ? 0.0f : fminf(1.0f / decode, kFloatMax), decode, e4m3_index(scale)};
 }
+
+struct Nvfp4 {
+  using Grid = E2m1Grid;
+  static constexpr uint32_t kBlock = 16, kResident = 4;
+  static constexpr bool kDivides = false, kTwoCandidates = false;
+  static constexpr uint32_t kNonfiniteByte = kE4m3Nan;
+
+  // With stochastic rounding no S rounded down may let b clip: 16/17 of the range, 17/16 of S.
+  TEMPER_DEVICE BlockScale scale(uint32_t rounding, float b, float g) {
+    return two_level_scale(b * (g * (is_stochastic(rounding) ? 17.0f / 96.0f : 1.0f / 6.0f)), g);
+  }
+  TEMPER_DEVICE float tensor_scale(uint32_t rounding, float tensor_amax) {
+    return tensor_encode_scale(is_stochastic(rounding) ? 43008.0f / 17.0f : 2688.0f, tensor_amax);
+  }
+};
+
+// nvfp4:4over6: of the scales that map b to 6 and to 4 the one of smaller squared error.
+struct Nvfp4FourOverSix {
+  using Grid = E2m1Grid;
+  static constexpr uint32_t kBlock = 16, kResident = 2;
+  static constexpr bool kDivides = false, kTwoCandidates = true;
+  static constexpr uint32_t kNonfiniteByte = kE4m3Nan;
+
+  TEMPER_DEVICE BlockScale scale(uint32_t, float b, float g) { return two_level_scale(b * (g / 6.0f), g); }
+  TEMPER_DEVICE BlockScale other_scale(float b, float g) { return two_level_scale(1.5f * (b * (g / 6.0f)), g); }
+  TEMPER_DEVICE float tensor_scale(uint32_t, float tensor_amax) { return tensor_encode_scale(1536.0f, tensor_amax); }
+};
 
 // nvfp4_single_level (src/numerics/original.rs): b/6 to 3 mantissa bits, exponent in [-6, 8], mantissa in [1, 1.875].
-TEMPER_DEVICE BlockScale nvfp4_single_level_scale(float b) {
-  const float target = b / 6.0f;
-  int exponent = int(bits_of(target) >> 23) - 127;
-  exponent = exponent < -6 ? -6 : exponent > 8 ? 8 : exponent;
-  const float power = power_of_two(exponent);
-  float eighths = rintf(target / power * 8.0f);
-  eighths = eighths < 8.0f ? 8.0f : eighths > 15.0f ? 15.0f : eighths;
-  return BlockScale{0.0f, eighths * 0.125f * power, true};
-}
+struct Nvfp4SingleLevel {
+  using Grid = E2m1Grid;
+  static constexpr uint32_t kBlock = 16, kResident = 4;
+  static constexpr bool kDivides = true, kTwoCandidates = false;
+  static constexpr uint32_t kNonfiniteByte = kE4m3Nan;
 
-TEMPER_DEVICE BlockScale block_scale(uint32_t format, float b, float g) {
-  if (format == kNvfp4) return nvfp4_scale(b, g);
-  if (format == kNvfp4SingleLevel) return nvfp4_single_level_scale(b);
-  return mxfp4_scale(b, format);
-}
+  TEMPER_DEVICE BlockScale scale(uint32_t, float b, float) {
+    const float target = b / 6.0f;
+    int exponent = int(bits_of(target) >> 23) - 127;
+    exponent = exponent < -6 ? -6 : exponent > 8 ? 8 : exponent;
+    const float power = power_of_two(exponent);
+    const float eighths = fminf(fmaxf(rintf(target / power * 8.0f), 8.0f), 15.0f);
+    return BlockScale{0.0f, eighths * 0.125f * power, uint32_t(exponent + 7) << 3 | (uint32_t(eighths) - 8)};
+  }
+  TEMPER_DEVICE float tensor_scale(uint32_t, float) { return 1.0f; }
+};
+
+// fp8: s = A / 448, A of the row or of the tensor; 1 where that is 0. Its block is the row, whose amax is found before.
+struct Fp8 {
+  using Grid = E4m3Grid;
+  static constexpr uint32_t kBlock = 0, kResident = 4;
+  static constexpr bool kDivides = true, kTwoCandidates = false;
+
+  TEMPER_DEVICE BlockScale scale(uint32_t, float amax, float) {
+    const float s = amax / 448.0f;
+    return BlockScale{0.0f, s == 0.0f ? 1.0f : s, 0};
+  }
+  TEMPER_DEVICE float tensor_scale(uint32_t, float) { return 1.0f; }
+};

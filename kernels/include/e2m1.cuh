@@ -2,24 +2,17 @@
 // The definition is src/numerics/e2m1.rs; the tests also hold these functions against NVIDIA's cuda_fp4.h.
 #pragma once
 
-#include "portable.cuh"
+#include "grid.cuh"
 
-constexpr float kE2m1Max = 6.0f;
+// The index of a value of the grid, by its bits: from 1 on they count halves of binades.
+TEMPER_DEVICE uint32_t e2m1_index(float value) {
+  return value >= 1.0f ? (bits_of(value) >> 22) - 0xfc : value != 0.0f;
+}
 
 // Round to nearest; ties to the even index. Above 6 gives 6, NaN gives +6.
 TEMPER_DEVICE uint32_t e2m1_encode(float x) {
-  const float a = magnitude(x);
-  if (!(a == a)) return 7;
-  // Midpoints of neighbours: inclusive exactly where the lower index is odd.
-  const uint32_t index = (a > 0.25f) + (a >= 0.75f) + (a > 1.25f) + (a >= 1.75f) + (a > 2.5f) + (a >= 3.5f) + (a > 5.0f);
-  return (bits_of(x) >> 31) << 3 | index;
-}
-
-// Every tie toward zero: the rounding of nvfp4_single_level only (src/numerics/original.rs).
-TEMPER_DEVICE uint32_t e2m1_encode_ties_toward_zero(float x) {
-  const float a = magnitude(x);
-  const uint32_t index = (a > 0.25f) + (a > 0.75f) + (a > 1.25f) + (a > 1.75f) + (a > 2.5f) + (a > 3.5f) + (a > 5.0f);
-  return (bits_of(x) >> 31) << 3 | index;
+  if (!(x == x)) return 7;
+  return (bits_of(x) >> 31) << 3 | e2m1_index(round_nearest_even<E2m1Grid>(fminf(magnitude(x), E2m1Grid::kMax)));
 }
 
 TEMPER_DEVICE float e2m1_decode(uint32_t code) {

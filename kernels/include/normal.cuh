@@ -3,52 +3,76 @@
 // Column c of a row belongs to call 4*floor(c/64) + (floor(c/2) mod 4); it is that call's value
 // j = 2*(floor(c/8) mod 8) + (c mod 2). So one thread that holds the columns 8i + 2q + {0,1}, i = 0..7, of a
 // 64-column block (as an mma accumulator does) uses all 16 values of the call 4*block + q: value 2i + parity.
+//
+// A digit is odd(T, n) = 2 e + 1 with a signed byte e: T[n mod 4] for n < 4, its complement for 4 <= n < 8, and of that
+// byte the sign alone (0 or -1) for n >= 8. That is what prmt does with a nibble as selector, so a word's four low
+// nibbles become four digits at once, and a product with four coefficients is a dp4a:
+//
+//   D[v][k] = sum over i of COEF[v][i] BASE[i^v] (6 e(TL, l_ki) + 5 e(TH, h_ki)),   S[4v + r] = sum over k of ROW[r][k] D[v][k]
+//
+// where half of the "+ 1" of its digits, 11/2 of the sum over i of COEF BASE, is added to every D.
 #pragma once
 
 #include "philox.cuh"
 
-// TABLE digit of a nibble: +-(2d+1), d = table[n mod 4] for n < 8 and 0 for n >= 8; minus where bit 2 of n is set.
-TEMPER_DEVICE int odd_digit(uint32_t table, uint32_t nibble) {
-  const int digit = nibble < 8 ? int((table >> (8 * (nibble & 3))) & 255) : 0;
-  const int odd = 2 * digit + 1;
-  return nibble & 4 ? -odd : odd;
+namespace normal {
+
+constexpr int kBase[4] = {12, 17, 19, 20};
+// Bit i set: minus. COEF rows ++++, +-+-, +--+, --++.
+constexpr uint32_t kCoefMinus[4] = {0x0, 0xa, 0x6, 0x3};
+
+constexpr uint32_t table(uint32_t a, uint32_t b, uint32_t c, uint32_t d) { return a | b << 8 | c << 16 | d << 24; }
+constexpr uint32_t kLow = table(121, 29, 23, 17), kHigh = table(126, 118, 106, 82);
+
+constexpr int coefficient(int v, int i) { return (kCoefMinus[v] >> i & 1 ? -1 : 1) * kBase[i ^ v]; }
+
+template <int v>
+struct Coefficients {
+  // Four signed bytes: times * COEF[v][i] * BASE[i ^ v].
+  static constexpr uint32_t bytes(int times) {
+    return table(uint8_t(times * coefficient(v, 0)), uint8_t(times * coefficient(v, 1)),
+                 uint8_t(times * coefficient(v, 2)), uint8_t(times * coefficient(v, 3)));
+  }
+  static constexpr uint32_t kSix = bytes(6), kFive = bytes(5);
+  static constexpr int kOffset =
+      11 * (coefficient(v, 0) + coefficient(v, 1) + coefficient(v, 2) + coefficient(v, 3)) / 2;
+};
+
+template <int v>
+TEMPER_DEVICE void four_values(const uint32_t low[4], const uint32_t high[4], int s[4]) {
+  using C = Coefficients<v>;
+  int d[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) d[k] = dot_bytes(low[k], C::kSix, dot_bytes(high[k], C::kFive, C::kOffset));
+  // ROW rows ++++, +-+-, ++--, -++-.
+  const int sum = d[0] + d[1], difference = d[0] - d[1];
+  s[0] = sum + d[2] + d[3];
+  s[1] = difference + d[2] - d[3];
+  s[2] = sum - d[2] - d[3];
+  s[3] = d[2] - d[3] - difference;
 }
 
-// z of all 16 values of a call; S = 1/2 sum over word k and position i of ROW[r][k]*COEF[v][i]*BASE[i^v]*digit[k][i]
-// for value j = 4v + r. Summed by word first: T[v][k], then over k with the signs of ROW.
-TEMPER_DEVICE void normals_of_words(const Words4& words, float z[16]) {
-  constexpr uint32_t low_table = 121u | 29u << 8 | 23u << 16 | 17u << 24;
-  constexpr uint32_t high_table = 126u | 118u << 8 | 106u << 16 | 82u << 24;
-  constexpr int base[4] = {12, 17, 19, 20};
-  // Bit i (or k) set: minus. COEF rows ++++, +-+-, +--+, --++; ROW rows ++++, +-+-, ++--, -++-.
-  constexpr uint32_t coef_minus[4] = {0x0, 0xa, 0x6, 0x3};
-  constexpr uint32_t row_minus[4] = {0x0, 0xa, 0xc, 0x9};
-  int by_word[4][4] = {};  // [v][k]
+}  // namespace normal
+
+// S of all 16 values of a call: z = S * 2^-15.
+TEMPER_DEVICE void normal_integers(const Words4& words, int s[16]) {
+  uint32_t low[4], high[4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t low = (words.x[k] >> (4 * i)) & 15, high = (words.x[k] >> (16 + 4 * i)) & 15;
-      const int digit = 6 * odd_digit(low_table, low) + 5 * odd_digit(high_table, high);
-#pragma unroll
-      for (int v = 0; v < 4; ++v) {
-        const int term = base[i ^ v] * digit;
-        by_word[v][k] += (coef_minus[v] >> i) & 1 ? -term : term;
-      }
-    }
+    low[k] = choose_bytes(normal::kLow, ~normal::kLow, words.x[k]);
+    high[k] = choose_bytes(normal::kHigh, ~normal::kHigh, words.x[k] >> 16);
   }
-#pragma unroll
-  for (int j = 0; j < 16; ++j) {
-    const int v = j / 4, r = j % 4;
-    int twice = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) twice += (row_minus[r] >> k) & 1 ? -by_word[v][k] : by_word[v][k];
-    z[j] = float(twice / 2) * (1.0f / 32768.0f);  // twice is even; the quotient and z are exact
-  }
+  normal::four_values<0>(low, high, s);
+  normal::four_values<1>(low, high, s + 4);
+  normal::four_values<2>(low, high, s + 8);
+  normal::four_values<3>(low, high, s + 12);
 }
 
-// The 16 normals of columns 64*block + 8i + 2q + {0,1} under (seed, stream, token).
-TEMPER_DEVICE void normals_of_call(uint64_t seed, uint32_t stream, uint64_t token, uint32_t call, float z[16]) {
-  const Words4 counter{{call, stream, uint32_t(token), uint32_t(token >> 32)}};
-  normals_of_words(philox4x32_7(uint32_t(seed), uint32_t(seed >> 32), counter), z);
+// The 16 normals of columns 64*block + 8i + 2q + {0,1} under (seed, stream, key), call = 4*block + q.
+TEMPER_DEVICE void normals_of_call(uint64_t seed, uint32_t stream, uint64_t key, uint32_t call, float z[16]) {
+  const Words4 counter{{call, stream, uint32_t(key), uint32_t(key >> 32)}};
+  int s[16];
+  normal_integers(philox4x32_7(uint32_t(seed), uint32_t(seed >> 32), counter), s);
+#pragma unroll
+  for (int j = 0; j < 16; ++j) z[j] = float(s[j]) * (1.0f / 32768.0f);
 }

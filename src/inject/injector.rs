@@ -208,9 +208,9 @@ impl Injector {
             sinks.iter().map(|(key, sink)| (*key, sink.clone())).collect()
         };
         sinks.sort_by_key(|((index, direction, phase), _)| (*index, *direction as u8, *phase as u8));
+        let taken = SumsSink::take_all(&sinks.iter().map(|(_, sink)| sink.clone()).collect::<Vec<_>>())?;
         let mut measured = self.measured();
-        for ((index, direction, phase), sink) in sinks {
-            let (calls, sums) = sink.take()?;
+        for (((index, direction, phase), _), (calls, sums)) in sinks.into_iter().zip(taken) {
             if calls > 0 {
                 let phase = match direction {
                     MatmulDirection::Forward => forward_phase(phase),
@@ -234,5 +234,5 @@ fn forward_phase(phase: Phase) -> InjectPhase {
 }
 
 fn out_feature_keys(counter: u32, out_features: usize) -> RowKeys {
-    RowKeys::new((0..out_features as u32).map(|row| row_key(counter, row)).collect())
+    RowKeys::consecutive(row_key(counter, 0), out_features)
 }

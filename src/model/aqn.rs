@@ -3,7 +3,7 @@
 //! w' = w + m_l sigma z (norms) or Q(w) + m_l sigma z (linears), a fresh draw per training step that all tokens share.
 //! The clean weights are never overwritten: w' lives beside them until [`clear`].
 
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use super::quantized::quantize_weights;
 use super::qwen2::{Module, Qwen2};
@@ -11,7 +11,7 @@ use crate::Result;
 use crate::inject::injector::Injector;
 use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
 use crate::ops::matmul_error::RowKeys;
-use crate::ops::perturb::perturb;
+use crate::ops::perturb::{Perturbation, perturb};
 
 /// Gives every planned module its w' for `step`; with sigma 0 or multiplier 0 a module stays alone.
 pub fn apply(model: &Qwen2, injector: &Injector, step: u32, sigma: f64) -> Result<()> {
@@ -25,30 +25,31 @@ pub fn apply(model: &Qwen2, injector: &Injector, step: u32, sigma: f64) -> Resul
     if quantizes {
         quantize_weights(model, injector)?;
     }
-    for (index, module) in model.modules() {
-        let scale = (injector.module(index).aqn_multiplier * sigma) as f32;
+    let modules = model.modules();
+    let mut noised = Vec::new();
+    for (index, module) in &modules {
+        let scale = (injector.module(*index).aqn_multiplier * sigma) as f32;
         if scale == 0.0 {
             continue;
         }
-        let stream = stream(Purpose::Aqn, Phase::Rollout, 0, index)?;
-        // w f32 [rows, cols] -> w' in `kind`, the dtype that the product reads; measured on what it reads.
-        let noised = |w: &Tensor, rows: i64, kind: Kind| -> Result<Tensor> {
-            let w = w.f_to_kind(Kind::Float)?;
-            let keys = RowKeys::new((0..rows as u32).map(|row| row_key(step, row)).collect());
-            let noised = perturb(&w, scale, plan.seed, stream, &keys)?.f_to_kind(kind)?;
-            let difference = noised.f_to_kind(Kind::Double)?.f_sub(&w)?;
-            let sum = f64::try_from(difference.f_sum(Kind::Double)?)?;
-            let sum_sq = f64::try_from(difference.f_square()?.f_sum(Kind::Double)?)?;
-            injector.record_aqn(index, f64::from(scale), w.numel() as u64, sum, sum_sq);
-            Ok(noised)
+        // A norm's w' stays f32, a linear's is in the dtype that the product reads.
+        let weight = match module {
+            Module::Norm(norm) => norm.weight.value().f_to_kind(Kind::Float)?,
+            Module::Linear(site, weight) if quantizes => site.quantized(weight),
+            Module::Linear(_, weight) => weight.value().shallow_clone(),
         };
+        let rows = if matches!(module, Module::Norm(_)) { 1 } else { weight.size()[0] as usize };
+        let keys = RowKeys::consecutive(row_key(step, 0), rows);
+        let stream = stream(Purpose::Aqn, Phase::Rollout, 0, *index)?;
+        noised.push((*index, module, Perturbation { weight, scale, stream, keys }));
+    }
+    let (places, weights): (Vec<_>, Vec<_>) =
+        noised.into_iter().map(|(i, module, w)| ((i, module, w.scale), w)).unzip();
+    for ((index, module, scale), made) in places.into_iter().zip(perturb(&weights, plan.seed)?) {
+        injector.record_aqn(index, f64::from(scale), made.elements, made.sum, made.sum_sq);
         match module {
-            Module::Norm(norm) => norm.set_aqn(Some(noised(norm.weight.value(), 1, Kind::Float)?)),
-            Module::Linear(site, weight) => {
-                let base = if quantizes { site.quantized(weight) } else { weight.value().shallow_clone() };
-                let rows = base.size()[0];
-                site.set_aqn(Some(noised(&base, rows, model.kind())?));
-            }
+            Module::Norm(norm) => norm.set_aqn(Some(made.weight)),
+            Module::Linear(site, _) => site.set_aqn(Some(made.weight)),
         }
     }
     Ok(())

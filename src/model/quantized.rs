@@ -3,44 +3,56 @@
 //! q/k/v and gate/up of a layer share one nvfp4 tensor amax, as deployment stores them fused, so that what was trained is
 //! what is exported. Stochastic rounding draws anew for every optimizer update.
 
+use super::linear::Site;
 use super::qwen2::{Module, Qwen2};
 use crate::Result;
 use crate::inject::injector::Injector;
-use crate::numerics::block_format::TensorScale;
+use crate::numerics::format::Format;
 use crate::numerics::noise_key::Phase;
-use crate::ops::fake_quant::{amax, fake_quant, fake_quant_with_errors};
+use crate::ops::fake_quant::{Weight, fake_quant_weights};
 
 /// Quantizes every planned weight that has no quantized copy yet.
 pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
     let _no_grad = tch::no_grad_guard();
     let modules = model.modules();
     let trains = [Phase::Rollout, Phase::OldLogprobs, Phase::Update].iter().any(|&phase| injector.quantizes(phase));
+    let mut batches: Vec<Batch> = Vec::new();
+    // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one describe
+    // weights that only validation quantizes.
+    let mut described = trains;
     for (index, module) in &modules {
         let Module::Linear(site, weight) = module else { continue };
         let Some(format) = injector.module(*index).weight_format.filter(|_| !site.is_quantized()) else { continue };
+        described &= weight.master().is_some();
+        let x = weight.value();
+        let draw = injector.weight_rounding(*index, model.update_number(), x.size()[0] as usize)?;
         let siblings = injector.plan().tensor_scale_siblings(*index);
-        let scale = if siblings.len() > 1 {
-            let mut shared = 0f32;
-            for (other, module) in &modules {
-                if let (true, Module::Linear(_, weight)) = (siblings.contains(other), module) {
-                    shared = shared.max(amax(weight.value(), format)?);
-                }
+        let scale_group = siblings.first().copied().unwrap_or(*index) as usize;
+        let weight = Weight { x, scale_group, draw };
+        match batches.iter_mut().find(|batch| batch.format == format) {
+            Some(batch) => {
+                batch.sites.push((*index, site));
+                batch.weights.push(weight);
             }
-            TensorScale::Amax(shared)
-        } else {
-            TensorScale::Tensor
-        };
-        let rows = weight.value().size()[0] as usize;
-        let draw = injector.weight_rounding(*index, model.update_number(), rows)?;
-        // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one
-        // describe weights that only validation quantizes.
-        if weight.master().is_some() && trains {
-            let (quantized, sums) = fake_quant_with_errors(weight.value(), format, scale, draw.as_ref())?;
-            injector.record_quant(*index, format, &sums);
+            None => batches.push(Batch { format, sites: vec![(*index, site)], weights: vec![weight] }),
+        }
+    }
+    for Batch { format, sites, weights } in batches {
+        for ((index, site), (quantized, sums)) in
+            sites.into_iter().zip(fake_quant_weights(&weights, format, described)?)
+        {
+            if let Some(sums) = sums {
+                injector.record_quant(index, format, &sums);
+            }
             site.set_quantized(quantized);
-        } else {
-            site.set_quantized(fake_quant(weight.value(), format, scale, draw.as_ref())?);
         }
     }
     Ok(())
+}
+
+/// Weights of one format.
+struct Batch<'a> {
+    format: Format,
+    sites: Vec<(u32, &'a Site)>, // with their module indices
+    weights: Vec<Weight<'a>>,
 }

@@ -1,14 +1,17 @@
 //! Fake quantization of a tensor: the values that `Format` can hold, in the input's dtype.
 //!
 //! Blocks lie along the last dimension. The definition is numerics::block_format; cpu/ and cuda/ equal it bit for bit.
-//! Shapes: x [rows, K] f32, bf16 or (on the CPU) f16, contiguous; the result has the same shape and dtype and no
+//! Shapes: x [rows, K] f32, bf16 or f16, contiguous; the result has the same shape and dtype and no
 //! gradient: callers pass it straight through.
+
+use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
 use super::cpu::fake_quant::{Task, error_sums as cpu_error_sums, tensor_amax};
 use super::cpu::tensor::{bf16_slice, bf16_slice_mut, f16_slice, f16_slice_mut, f32_slice, f32_slice_mut};
-use super::cuda;
+use super::cuda::fake_quant::{self as on_device, Matrix, MatrixScale, Wanted};
+use super::cuda::launch::Gpu;
 use super::matmul_error::RowKeys;
 use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
@@ -28,30 +31,75 @@ pub struct StochasticDraw {
 ///
 /// # Errors
 /// `Runtime` for another dtype, a stochastic format without a draw (or with other than one key per row) and 2-D tiles
-/// with a tensor scale per row; `Unavailable` on CUDA for a format without a kernel.
+/// with a tensor scale per row.
 pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&StochasticDraw>) -> Result<Tensor> {
-    if x.device() != Device::Cpu {
-        return Ok(cuda::fake_quant::fake_quant_scaled(x, format, scale)?.dequantized);
+    if x.device() == Device::Cpu {
+        return Ok(on_cpu(x, format, scale, draw, false)?.0);
     }
-    Ok(on_cpu(x, format, scale, draw, false)?.0)
+    let matrix = Matrix { x, scale: MatrixScale::Own(scale), draw };
+    let made = on_device::quantize(&Gpu::of("fake_quant: x", x)?, format, &[matrix], DEQUANTIZED)?;
+    made.matrices.into_iter().find_map(|matrix| matrix.dequantized).ok_or_else(nothing_made)
 }
 
-/// `fake_quant` and the sums behind the error metrics of the result; on the CPU in one pass.
+/// A weight of a model.
+pub struct Weight<'a> {
+    pub x: &'a Tensor,
+    /// Weights of one number share their tensor amax, as fused siblings do.
+    pub scale_group: usize,
+    pub draw: Option<StochasticDraw>,
+}
+
+/// Q(x) of weights, in a few launches on CUDA; with `with_errors` also the sums behind their error metrics.
 ///
 /// # Errors
 /// As `fake_quant`.
-pub fn fake_quant_with_errors(
-    x: &Tensor,
+pub fn fake_quant_weights(
+    weights: &[Weight],
     format: Format,
-    scale: TensorScale,
-    draw: Option<&StochasticDraw>,
-) -> Result<(Tensor, TensorErrorSums)> {
-    if x.device() == Device::Cpu {
-        return on_cpu(x, format, scale, draw, true);
+    with_errors: bool,
+) -> Result<Vec<(Tensor, Option<TensorErrorSums>)>> {
+    let Some(first) = weights.first() else { return Ok(Vec::new()) };
+    if first.x.device() == Device::Cpu {
+        return weights_on_cpu(weights, format, with_errors);
     }
-    let quantized = fake_quant(x, format, scale, draw)?;
-    let sums = error_sums(x, &quantized)?;
-    Ok((quantized, sums))
+    let matrices = weights.iter().map(|weight| {
+        let Weight { x, scale_group, draw } = weight;
+        Matrix { x, scale: MatrixScale::Group(*scale_group), draw: draw.as_ref() }
+    });
+    let matrices: Vec<Matrix> = matrices.collect();
+    let wanted = Wanted { error_sums: with_errors, ..DEQUANTIZED };
+    let made = on_device::quantize(&Gpu::of("fake_quant: x", first.x)?, format, &matrices, wanted)?;
+    let mut sums = made.error_sums()?.into_iter();
+    let result = made.matrices.into_iter().map(|m| Ok((m.dequantized.ok_or_else(nothing_made)?, sums.next())));
+    result.collect()
+}
+
+const DEQUANTIZED: Wanted = Wanted { dequantized: true, codes: false, error_sums: false };
+
+fn nothing_made() -> Error {
+    Error::Runtime("fake_quant: the batch is empty".into())
+}
+
+fn weights_on_cpu(
+    weights: &[Weight],
+    format: Format,
+    with_errors: bool,
+) -> Result<Vec<(Tensor, Option<TensorErrorSums>)>> {
+    // Of groups of several; a weight that stands alone finds its amax in the same call.
+    let mut shared: BTreeMap<usize, f32> = BTreeMap::new();
+    if format.has_tensor_scale() {
+        let count = |group: usize| weights.iter().filter(|weight| weight.scale_group == group).count();
+        for weight in weights.iter().filter(|weight| count(weight.scale_group) > 1) {
+            let largest = shared.entry(weight.scale_group).or_insert(0.0);
+            *largest = largest.max(amax(weight.x, format)?);
+        }
+    }
+    let quantize = |weight: &Weight| {
+        let scale = shared.get(&weight.scale_group).map_or(TensorScale::Tensor, |amax| TensorScale::Amax(*amax));
+        let (quantized, sums) = on_cpu(weight.x, format, scale, weight.draw.as_ref(), with_errors)?;
+        Ok((quantized, with_errors.then_some(sums)))
+    };
+    weights.iter().map(quantize).collect()
 }
 
 fn on_cpu(
@@ -87,13 +135,10 @@ fn on_cpu(
 pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
     let (_, cols) = x.size2()?;
     if x.device() != Device::Cpu {
-        let largest = f64::try_from(x.f_abs()?.f_max()?)? as f32;
-        if largest.is_finite() {
-            return Ok(largest);
-        }
-        // Rare, and then which blocks to leave out decides: the CPU's definition does it.
+        let found = on_device::amax(&Gpu::of("amax: x", x)?, &x.f_contiguous()?, format)?;
+        return Ok(f64::try_from(found)? as f32);
     }
-    let (host, cols) = (x.f_to_device(Device::Cpu)?.f_contiguous()?, cols as usize);
+    let (host, cols) = (x.f_contiguous()?, cols as usize);
     Ok(match host.kind() {
         Kind::BFloat16 => tensor_amax(bf16_slice(&host)?, cols, format),
         Kind::Half => tensor_amax(f16_slice(&host)?, cols, format),

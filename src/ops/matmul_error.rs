@@ -3,11 +3,13 @@
 //! `y` f32 [rows, cols] is the clean product; z is keyed by (seed, stream, token key of the row, column), so it does not
 //! depend on how rows are batched (numerics.md section 4).
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use tch::{Device, Kind, Tensor};
 
-use super::{cpu, cuda};
+use super::cpu;
+use super::cuda::launch::Gpu;
+use super::cuda::noise::{self, Destination, Law, Noisy};
 use crate::numerics::error_law::{ErrorLaw, NoiseSums};
 use crate::{Error, Result};
 
@@ -20,38 +22,51 @@ pub struct ErrorDraw {
     pub stream: u32,
 }
 
-/// The token keys of a product's rows, on the host and (made once, on first use) on the device.
+/// The token keys of a product's rows, on the host and on the device, each made once, on first use.
 #[derive(Clone)]
 pub struct RowKeys {
-    host: Arc<Vec<u64>>,
+    len: usize,
+    /// Of consecutive keys: kernels then need no list.
+    first: Option<u64>,
+    host: Arc<OnceLock<Vec<u64>>>,
     device: Arc<Mutex<Option<Tensor>>>,
 }
 
 impl RowKeys {
     pub fn new(keys: Vec<u64>) -> RowKeys {
-        RowKeys { host: Arc::new(keys), device: Arc::new(Mutex::new(None)) }
+        RowKeys { len: keys.len(), first: None, host: Arc::new(OnceLock::from(keys)), device: Arc::default() }
+    }
+
+    /// first, first + 1, ...: a weight's rows under `noise_key::row_key`.
+    pub fn consecutive(first: u64, len: usize) -> RowKeys {
+        RowKeys { len, first: Some(first), host: Arc::default(), device: Arc::default() }
     }
 
     pub fn len(&self) -> usize {
-        self.host.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.host.is_empty()
+        self.len == 0
     }
 
     pub fn host(&self) -> &[u64] {
-        &self.host
+        self.host.get_or_init(|| (0..self.len as u64).map(|row| self.first.unwrap_or(0) + row).collect())
+    }
+
+    /// The first key of `consecutive` ones.
+    pub fn first_of_consecutive(&self) -> Option<u64> {
+        self.first
     }
 
     /// The keys of `rows` (positions in this list), in that order.
     pub fn select(&self, rows: &[usize]) -> RowKeys {
-        RowKeys::new(rows.iter().map(|&r| self.host[r]).collect())
+        RowKeys::new(rows.iter().map(|&r| self.host()[r]).collect())
     }
 
     /// The keys of rows start .. start + len.
     pub fn narrow(&self, start: usize, len: usize) -> RowKeys {
-        RowKeys::new(self.host[start..start + len].to_vec())
+        RowKeys::new(self.host()[start..start + len].to_vec())
     }
 
     /// i64 [rows] on `device` (the same bits).
@@ -60,16 +75,16 @@ impl RowKeys {
         if let Some(tensor) = slot.as_ref() {
             return Ok(tensor.shallow_clone());
         }
-        let bits: Vec<i64> = self.host.iter().map(|&k| k as i64).collect();
+        let bits: Vec<i64> = self.host().iter().map(|&k| k as i64).collect();
         let tensor = Tensor::f_from_slice(&bits)?.f_to_device(device)?;
         *slot = Some(tensor.shallow_clone());
         Ok(tensor)
     }
 }
 
-/// What was measured where noise was added, summed over calls. On CUDA the sums stay on the device until [`take`].
+/// What was measured where noise was added, summed over calls. On CUDA the sums stay on the device until [`take_all`].
 ///
-/// [`take`]: SumsSink::take
+/// [`take_all`]: SumsSink::take_all
 #[derive(Clone, Default)]
 pub struct SumsSink(Arc<Mutex<SinkState>>);
 
@@ -77,7 +92,7 @@ pub struct SumsSink(Arc<Mutex<SinkState>>);
 struct SinkState {
     calls: u64,
     sums: NoiseSums,
-    device_sums: Option<Tensor>, // f64 [4]: error_sq, clean_sq, clean_fourth, elements
+    device_sums: Option<Tensor>, // f64 [1, noise::SUMS]
 }
 
 impl SumsSink {
@@ -91,7 +106,7 @@ impl SumsSink {
         let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
         state.calls += 1;
         if state.device_sums.is_none() {
-            state.device_sums = Some(Tensor::f_zeros([4], (Kind::Double, device))?);
+            state.device_sums = Some(Tensor::f_zeros([1, noise::SUMS], (Kind::Double, device))?);
         }
         match &state.device_sums {
             Some(t) => Ok(t.shallow_clone()),
@@ -99,15 +114,25 @@ impl SumsSink {
         }
     }
 
-    /// The number of calls and their sums since the last take. Reads the device once.
-    pub fn take(&self) -> Result<(u64, NoiseSums)> {
-        let state = std::mem::take(&mut *self.0.lock().unwrap_or_else(|p| p.into_inner()));
-        let mut sums = state.sums;
-        if let Some(tensor) = state.device_sums {
-            let v = Vec::<f64>::try_from(tensor)?;
-            sums.merge(&NoiseSums { error_sq: v[0], clean_sq: v[1], clean_fourth: v[2], elements: v[3] as u64 });
-        }
-        Ok((state.calls, sums))
+    /// The number of calls of each and their sums since they were last taken; reads the device once for all.
+    pub fn take_all(sinks: &[SumsSink]) -> Result<Vec<(u64, NoiseSums)>> {
+        let take = |sink: &SumsSink| std::mem::take(&mut *sink.0.lock().unwrap_or_else(|p| p.into_inner()));
+        let states: Vec<SinkState> = sinks.iter().map(take).collect();
+        let on_device: Vec<&Tensor> = states.iter().filter_map(|state| state.device_sums.as_ref()).collect();
+        let read = match on_device.is_empty() {
+            true => Vec::new(),
+            false => Vec::<f64>::try_from(Tensor::f_cat(&on_device, 0)?.f_flatten(0, -1)?)?,
+        };
+        let mut read = read.chunks_exact(noise::SUMS as usize);
+        let merged = states.iter().map(|state| {
+            let mut sums = state.sums;
+            if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = state.device_sums.as_ref().and(read.next()) {
+                let (error_sq, clean_sq, clean_fourth) = (*error_sq, *clean_sq, *clean_fourth);
+                sums.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: *elements as u64 });
+            }
+            (state.calls, sums)
+        });
+        Ok(merged.collect())
     }
 }
 
@@ -120,10 +145,11 @@ pub fn accumulate_product(
     into: &mut Tensor,
 ) -> Result<()> {
     let (rows, _) = y.size2()?;
-    if y.device() != Device::Cpu || rows as usize != keys.len() {
-        let y = finish_product(y, None, Some(draw), keys, sink, Kind::Float)?;
-        let _ = into.f_add_(&y)?;
-        return Ok(());
+    if y.device() != Device::Cpu {
+        return add_on_device(&y, Destination::Add(into), None, draw, keys, sink);
+    }
+    if rows as usize != keys.len() {
+        return Err(Error::Runtime(format!("{} row keys for {rows} rows", keys.len())));
     }
     let sums = accumulate_rows(&y, draw, keys.host(), into)?;
     if let Some(sink) = sink {
@@ -161,15 +187,13 @@ pub fn finish_product(
     if rows as usize != keys.len() {
         return Err(Error::Runtime(format!("{} token keys for {rows} rows", keys.len())));
     }
-    let y_device = y.device();
-    if y_device != Device::Cpu {
-        let sums = match sink {
-            Some(sink) => sink.device_sums(y_device)?,
-            None => Tensor::f_zeros([4], (Kind::Double, y_device))?,
+    if y.device() != Device::Cpu {
+        let out = match out_kind {
+            Kind::Float => y.shallow_clone(),
+            _ => Tensor::f_empty([rows, cols], (out_kind, y.device()))?,
         };
-        let tokens = keys.on_device(y_device)?;
-        let ErrorDraw { law, scale, seed, stream } = *draw;
-        return cuda::matmul_error::matmul_error(&y, &tokens, law, scale, seed, stream, bias, out_kind, &sums);
+        add_on_device(&y, Destination::Store(&out), bias, draw, keys, sink)?;
+        return Ok(out);
     }
     let bias = bias.map(cpu::tensor::f32_slice).transpose()?;
     let ErrorDraw { law, scale, seed, stream } = *draw;
@@ -201,4 +225,18 @@ pub fn finish_product(
         sink.add(&sums);
     }
     Ok(result)
+}
+
+fn add_on_device(
+    y: &Tensor,
+    into: Destination,
+    bias: Option<&Tensor>,
+    draw: &ErrorDraw,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+) -> Result<()> {
+    let sums = sink.map(|sink| sink.device_sums(y.device())).transpose()?;
+    let law = Law { law: draw.law, seed: draw.seed, sums: sums.as_ref() };
+    let noisy = Noisy { y, into, bias, keys, scale: draw.scale, stream: draw.stream };
+    noise::add_noise(&Gpu::of("matmul error: y", y)?, &law, &[noisy])
 }

@@ -26,14 +26,14 @@ fn e2m1_is_the_definition_and_nvidias() {
 
 #[test]
 fn e4m3_is_the_definition_and_nvidias() {
-    for x in inputs().filter(|x| !x.is_sign_negative()) {
+    for x in inputs() {
         let byte = host::e4m3_encode(x);
         assert_eq!(byte, u32::from(e4m3::encode(x)), "{x:e}");
         if host::oracle_available() && !x.is_nan() {
             assert_eq!(byte, host::oracle_e4m3(x) & 255, "cuda_fp8.h of {x:e}");
         }
     }
-    for byte in 0..128 {
+    for byte in 0..256 {
         let (found, expected) = (host::e4m3_decode(byte), e4m3::decode(byte as u8));
         assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "byte {byte}");
     }
@@ -47,6 +47,21 @@ fn bf16_rounds_to_nearest_even() {
         if host::oracle_available() && !x.is_nan() {
             assert_eq!(found.to_bits(), host::oracle_bf16(x), "cuda_bf16.h of {x:e}");
         }
+    }
+}
+
+#[test]
+fn f16_rounds_to_nearest_even_and_reads_exactly() {
+    let ties = (0..=0xFFFFu32).map(|bits| half::f16::from_bits(bits as u16).to_f32());
+    let near =
+        |x: f32| [x, f32::from_bits(x.to_bits() ^ 0x1000), f32::from_bits((x.to_bits() ^ 0x1000).wrapping_add(1))];
+    for x in inputs().chain(ties.flat_map(near)) {
+        let (found, expected) = (half::f16::from_bits(host::to_f16(x)), half::f16::from_f32(x));
+        assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{x:e}");
+    }
+    for bits in 0..=u16::MAX {
+        let (found, expected) = (host::from_f16(bits), half::f16::from_bits(bits).to_f32());
+        assert!(found.to_bits() == expected.to_bits() || (found.is_nan() && expected.is_nan()), "{bits:04x}");
     }
 }
 

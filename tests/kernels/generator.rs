@@ -1,10 +1,14 @@
 //! Philox and the normal law of the kernels: the frozen vectors, and the Rust definition on many columns.
 
 use serde_json::Value;
+use tch::Kind;
+use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::generator;
+use temper::ops::cuda::noise::{Destination, Law, Noisy, add_noise};
+use temper::ops::matmul_error::RowKeys;
 
-use crate::host::{self, LAUNCHES, Noise};
-use crate::support::shared;
+use crate::host::{self, Shim};
+use crate::support::{floats, shared, tensor};
 
 fn number(v: &Value) -> u64 {
     match v.as_str() {
@@ -13,10 +17,13 @@ fn number(v: &Value) -> u64 {
     }
 }
 
-/// z of columns 0..n: absolute noise of scale 1 on a product of zeros, by the kernel.
+/// z of columns 0..n: absolute noise of scale 1 on zeros, by the kernel.
 fn normals(seed: u64, stream: u32, token: u64, n: usize) -> Vec<f32> {
-    let noise = Noise { law: 1, scale: 1.0, seed, stream };
-    host::matmul_error_f32(LAUNCHES[0], noise, &vec![0.0; n], &[token], n, None).0
+    let (y, keys) = (tensor(&vec![0.0; n], 1, n, Kind::Float), RowKeys::new(vec![token]));
+    let law = Law { law: ErrorLaw::AbsoluteGaussian, seed, sums: None };
+    let noisy = Noisy { y: &y, into: Destination::Store(&y), bias: None, keys: &keys, scale: 1.0, stream };
+    add_noise(&Shim(0), &law, &[noisy]).unwrap();
+    floats(&y)
 }
 
 #[test]

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use half::bf16;
+use half::{bf16, f16};
+use tch::{Device, Kind, Tensor};
 
 /// A small generator of test inputs (64-bit LCG, upper bits); not the generator under test.
 pub struct Lcg(pub u64);
@@ -53,9 +54,25 @@ pub fn assert_bits(found: &[f32], expected: &[f32], what: &str) {
     }
 }
 
-pub fn assert_bits_bf16(found: &[bf16], expected: &[bf16], what: &str) {
-    let wide = |x: &[bf16]| x.iter().map(|v| v.to_f32()).collect::<Vec<_>>();
-    assert_bits(&wide(found), &wide(expected), what);
+/// x [rows, cols] as a tensor of a dtype: f32, bf16 or f16.
+pub fn tensor(x: &[f32], rows: usize, cols: usize, kind: Kind) -> Tensor {
+    assert_eq!(x.len(), rows * cols);
+    Tensor::from_slice(x).view([rows as i64, cols as i64]).to_kind(kind)
+}
+
+/// The values of a tensor, read exactly.
+pub fn floats(tensor: &Tensor) -> Vec<f32> {
+    Vec::<f32>::try_from(tensor.to_device(Device::Cpu).to_kind(Kind::Float).flatten(0, -1)).unwrap()
+}
+
+/// Values after rounding to a dtype, by the half crate.
+pub fn rounded(x: &[f32], kind: Kind) -> Vec<f32> {
+    let round = |v: &f32| match kind {
+        Kind::BFloat16 => bf16::from_f32(*v).to_f32(),
+        Kind::Half => f16::from_f32(*v).to_f32(),
+        _ => *v,
+    };
+    x.iter().map(round).collect()
 }
 
 /// A file of the shared test data, or None with a printed reason.

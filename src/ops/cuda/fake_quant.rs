@@ -1,78 +1,223 @@
-//! Fake quantization on a CUDA device: kernels/fake_quant.cu, bit for bit numerics::block_format.
+//! Fake quantization of a batch of matrices on a CUDA device, bit for bit numerics::block_format.
+//!
+//! Formats with a tensor scale read x twice: a launch finds the amaxes, the next one quantizes. What fits the GPU's L2 is
+//! read from there the second time.
 #![allow(unsafe_code)]
 
-use tch::{Device, Kind, Tensor};
+mod kernel;
 
-use super::launch::{Arg, Needs, cuda_matrix, launch};
+use std::ffi::c_void;
+
+use tch::{Kind, Tensor};
+
+use super::batch::{Divider, tiles};
+use super::launch::{Executor, Needs};
 use crate::numerics::block_format::TensorScale;
-use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
+use crate::numerics::format::{Family, Format};
+use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::fake_quant::StochasticDraw;
 use crate::{Error, Result};
+use kernel::{Call, ERROR_SUMS, KernelTensor, TILE_OCTETS};
 
-/// A fake-quantized tensor and what was counted on the way.
-pub struct FakeQuant {
-    /// y, of the shape and dtype of x.
-    pub dequantized: Tensor,
-    /// [2] i64 on the device: blocks that held NaN or infinity, elements whose scaled magnitude exceeded 6.
-    pub counts: Tensor,
+/// A matrix to quantize.
+#[derive(Clone, Copy)]
+pub struct Matrix<'a> {
+    pub x: &'a Tensor, // [rows, K] f32, bf16 or f16, contiguous
+    pub scale: MatrixScale,
+    /// Needed by `sr` and `sr8`, unused by the others.
+    pub draw: Option<&'a StochasticDraw>,
 }
 
-/// y of x [rows, K] f32 or bf16, contiguous, with one tensor amax.
+/// What the tensor amax is taken from.
+#[derive(Clone, Copy, PartialEq)]
+pub enum MatrixScale {
+    Own(TensorScale),
+    /// All matrices of the batch with this number.
+    Group(usize),
+}
+
+/// What a call should make.
+#[derive(Clone, Copy, Default)]
+pub struct Wanted {
+    pub dequantized: bool,
+    /// Codes and block scales, as a packed checkpoint stores them.
+    pub codes: bool,
+    pub error_sums: bool,
+}
+
+/// A quantized matrix; what was not wanted is None.
+#[derive(Default)]
+pub struct FakeQuant {
+    pub dequantized: Option<Tensor>,  // [rows, K] in the dtype of x
+    pub codes: Option<Tensor>,        // u8: E2M1 [rows, ceil(K / 2)], low nibble first; E4M3 [rows, K]
+    pub block_scales: Option<Tensor>, // u8 [rows, blocks of a row]; fp8: f32 [rows]
+    pub amax: Option<Tensor>,         // f32 [1], or [rows] with nvfp4's row scales; None without a tensor scale
+}
+
+/// What [`quantize`] made.
+pub struct Batch {
+    pub matrices: Vec<FakeQuant>,
+    pub nonfinite_blocks: Tensor, // i64 [matrices]
+    sums: Option<Tensor>,         // f64 [matrices, ERROR_SUMS]
+}
+
+impl Batch {
+    /// The sums behind the error metrics of every matrix; reads the device once. Empty where they were not wanted.
+    pub fn error_sums(&self) -> Result<Vec<TensorErrorSums>> {
+        let Some(sums) = &self.sums else { return Ok(Vec::new()) };
+        let values = Vec::<f64>::try_from(sums.f_flatten(0, -1)?)?;
+        Ok(values.chunks_exact(ERROR_SUMS).map(kernel::error_sums).collect())
+    }
+}
+
+/// Quantizes matrices of one dtype.
 ///
 /// # Errors
-/// `Runtime` where x is not such a tensor (device, dtype, shape, strides); `Unavailable` without kernels or driver, and
-/// for a format that has no kernel.
-pub fn fake_quant(x: &Tensor, format: Format) -> Result<Tensor> {
-    Ok(fake_quant_scaled(x, format, TensorScale::Tensor)?.dequantized)
+/// `Runtime` naming the tensor of the wrong device, dtype, shape or strides, for a stochastic format without a draw (or
+/// with other than one key per row) and for 2-D tiles with a tensor scale per row; `Unavailable` without kernels or driver.
+pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wanted: Wanted) -> Result<Batch> {
+    let seed = matrices.iter().find_map(|matrix| matrix.draw).map_or(0, |draw| draw.seed);
+    let kind = matrices.first().map_or(Kind::Float, |matrix| matrix.x.kind());
+    let call = Call { executor, format, kind, seed };
+    let groups = matrices.iter().map(|m| if let MatrixScale::Group(n) = m.scale { n + 1 } else { 0 }).max();
+    let group_amaxes = call.zeros(&[groups.unwrap_or(0) as i64], Kind::Float)?;
+    let buffers = matrices.iter().map(|m| Buffers::new(&call, m, &group_amaxes, wanted)).collect::<Result<Vec<_>>>()?;
+    let tensors = matrices.iter().zip(&buffers).map(|(m, b)| b.describe(&call, m)).collect::<Result<Vec<_>>>()?;
+    let count = matrices.len() as i64;
+    let nonfinite_blocks = call.zeros(&[count], Kind::Int64)?;
+    let sums = wanted.error_sums.then(|| call.zeros(&[count, ERROR_SUMS as i64], Kind::Double)).transpose()?;
+    // SAFETY: the pointers are to x, which `Needs` has checked, and to `buffers`, made for it; they live until here, and
+    // torch's allocator keeps what is dropped later until the stream has passed.
+    unsafe {
+        call.find_amaxes(&unknown_amaxes(matrices, &tensors, format))?;
+        call.quantize(&tensors, &nonfinite_blocks, sums.as_ref())?;
+    }
+    Ok(Batch { matrices: buffers.into_iter().map(|b| b.made).collect(), nonfinite_blocks, sums })
 }
 
-/// [`fake_quant`] with a choice of what nvfp4's amax is taken over, and the counts.
-pub fn fake_quant_scaled(x: &Tensor, format: Format, scale: TensorScale) -> Result<FakeQuant> {
-    let kernel_format = kernel_format(format)?;
-    let (device, rows, cols) = cuda_matrix("fake_quant: x", x)?;
-    let kinds = [Kind::Float, Kind::BFloat16];
-    let x_arg = Needs { name: "fake_quant: x", kinds: &kinds, shape: &[rows, cols], device }.check(x)?;
-    let bf16 = x.kind() == Kind::BFloat16;
-    let on_device = |kind| (kind, Device::Cuda(device));
-    let dequantized = x.f_empty_like()?;
-    let counts = Tensor::f_zeros([2], on_device(Kind::Int64))?;
-    if rows * cols == 0 {
-        return Ok(FakeQuant { dequantized, counts });
-    }
-    let block_size = format.block_size(cols as usize) as u32;
-    // A warp has 32 lanes and a lane an element, also where a block is ragged.
-    let threads = rows as u64 * format.blocks_per_row(cols as usize) as u64 * u64::from(block_size);
-    let (amax, amax_stride) = match scale {
-        TensorScale::Amax(given) => (Tensor::f_full([1], f64::from(given), on_device(Kind::Float))?, 0),
-        TensorScale::Tensor => (Tensor::f_zeros([1], on_device(Kind::Float))?, 0),
-        TensorScale::Row => (Tensor::f_zeros([rows], on_device(Kind::Float))?, 1),
+/// The tensor amax A of x [rows, K], over blocks without NaN or infinity; f32 [1] on the device.
+///
+/// # Errors
+/// As [`quantize`], and `Runtime` for a format without a tensor scale.
+pub fn amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<Tensor> {
+    let call = Call { executor, format, kind: x.kind(), seed: 0 };
+    let matrix = Matrix { x, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
+    let buffers = Buffers::new(&call, &matrix, &call.zeros(&[0], Kind::Float)?, Wanted::default())?;
+    let tensor = buffers.describe_unkeyed(&call, &matrix)?;
+    // SAFETY: as in `quantize`.
+    unsafe { call.find_amaxes(&unknown_amaxes(&[matrix], &[tensor], format))? };
+    buffers.made.amax.ok_or_else(|| Error::Runtime(format!("fake_quant: {format} has no tensor amax")))
+}
+
+/// Those whose amax (in fp8: their rows' amaxes) must be found first, and whether that of the tensor is wanted.
+fn unknown_amaxes(matrices: &[Matrix], tensors: &[KernelTensor], format: Format) -> Vec<(KernelTensor, bool)> {
+    let is_fp8 = matches!(format.family, Family::Fp8 { .. });
+    let of = |(matrix, tensor): (&Matrix, &KernelTensor)| {
+        let given = matches!(matrix.scale, MatrixScale::Own(TensorScale::Amax(_)));
+        let by_row = is_fp8 && matrix.scale == MatrixScale::Own(TensorScale::Row);
+        let of_tensor = format.has_tensor_scale() && !given && !by_row;
+        (of_tensor || is_fp8).then_some((*tensor, of_tensor))
     };
-    let shape = [Arg::U64(rows as u64), Arg::U64(cols as u64)];
-    let amax_arg = Arg::Pointer(amax.data_ptr());
-    if format.has_tensor_scale() && !matches!(scale, TensorScale::Amax(_)) {
-        let kernel = if bf16 { "amax_bf16" } else { "amax_f32" };
-        let args = [x_arg, amax_arg, shape[0], shape[1], Arg::U32(block_size), Arg::U32(amax_stride)];
-        // SAFETY: x is [rows, cols] contiguous on `device` (checked), amax [1] with stride 0 or [rows] with stride 1.
-        unsafe { launch("fake_quant", kernel, device, threads, &args) }?;
-    }
-    let kernel = if bf16 { "fake_quant_bf16" } else { "fake_quant_f32" };
-    let out =
-        Needs { name: "fake_quant: out", kinds: &[x.kind()], shape: &[rows, cols], device }.check(&dequantized)?;
-    let counts_arg = Arg::Pointer(counts.data_ptr());
-    let format_arg = Arg::U32(kernel_format);
-    let args = [x_arg, out, amax_arg, counts_arg, shape[0], shape[1], format_arg, Arg::U32(amax_stride)];
-    // SAFETY: as above; out has the shape and dtype of x, counts two 64-bit words.
-    unsafe { launch("fake_quant", kernel, device, threads, &args) }?;
-    Ok(FakeQuant { dequantized, counts })
+    matrices.iter().zip(tensors).filter_map(of).collect()
 }
 
-/// The format's number in kernels/include/block_scale.cuh.
-fn kernel_format(format: Format) -> Result<u32> {
-    match (format.family, format.rounding, format.two_d) {
-        (Family::Mxfp4 { rule: MxScaleRule::Floor }, Rounding::NearestEven, false) => Ok(0),
-        (Family::Mxfp4 { rule: MxScaleRule::Even }, Rounding::NearestEven, false) => Ok(1),
-        (Family::Mxfp4 { rule: MxScaleRule::Rceil }, Rounding::NearestEven, false) => Ok(2),
-        (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven, false) => Ok(3),
-        (Family::Nvfp4SingleLevel, ..) => Ok(4),
-        _ => Err(Error::Unavailable(format!("format {format} has no CUDA kernel yet; --device cpu has it"))),
+/// The device memory of one matrix.
+struct Buffers {
+    made: FakeQuant,
+    of_rows: Option<Tensor>, // fp8: f32 [rows], the amax of each
+}
+
+impl Buffers {
+    fn new(call: &Call, matrix: &Matrix, group_amaxes: &Tensor, wanted: Wanted) -> Result<Buffers> {
+        let format = call.format;
+        let [rows, cols] = matrix.x.size()[..] else {
+            return Err(Error::Runtime(format!(
+                "fake_quant: x: found shape {:?}, expected [rows, K]",
+                matrix.x.size()
+            )));
+        };
+        let per_row = matrix.scale == MatrixScale::Own(TensorScale::Row);
+        if per_row && format.two_d && format.has_tensor_scale() {
+            return Err(Error::Runtime(format!("fake_quant: {format} has one tensor scale, not one per row")));
+        }
+        let is_fp8 = matches!(format.family, Family::Fp8 { .. });
+        let mut made = FakeQuant::default();
+        if wanted.dequantized {
+            made.dequantized = Some(matrix.x.f_empty_like()?);
+        }
+        if wanted.codes {
+            let code_bytes = if format.has_e4m3_elements() { cols } else { (cols + 1) / 2 };
+            made.codes = Some(call.zeros(&[rows, code_bytes], Kind::Uint8)?);
+            let blocks = format.blocks_per_row(cols as usize) as i64;
+            made.block_scales = Some(match is_fp8 {
+                true => call.zeros(&[rows], Kind::Float)?,
+                false => call.zeros(&[rows, blocks], Kind::Uint8)?,
+            });
+        }
+        made.amax = match matrix.scale {
+            _ if !format.has_tensor_scale() => None,
+            MatrixScale::Own(TensorScale::Amax(amax)) => Some(call.filled(amax)?),
+            MatrixScale::Own(TensorScale::Tensor) => Some(call.zeros(&[1], Kind::Float)?),
+            // An fp8 row's amax stands in `of_rows` in any case.
+            MatrixScale::Own(TensorScale::Row) if is_fp8 => None,
+            MatrixScale::Own(TensorScale::Row) => Some(call.zeros(&[rows], Kind::Float)?),
+            MatrixScale::Group(number) => Some(group_amaxes.f_narrow(0, number as i64, 1)?),
+        };
+        let of_rows = is_fp8.then(|| call.zeros(&[rows], Kind::Float)).transpose()?;
+        Ok(Buffers { made, of_rows })
+    }
+
+    fn describe(&self, call: &Call, matrix: &Matrix) -> Result<KernelTensor> {
+        let mut tensor = self.describe_unkeyed(call, matrix)?;
+        if !call.format.rounding.is_stochastic() {
+            return Ok(tensor);
+        }
+        let keys = matrix.draw.map_or(0, |draw| draw.keys.len());
+        let Some(draw) = matrix.draw.filter(|_| keys == tensor.rows as usize) else {
+            return Err(Error::Runtime(format!(
+                "fake_quant: {}: {keys} row keys for {} rows",
+                call.format, tensor.rows
+            )));
+        };
+        tensor.stream = draw.stream;
+        match draw.keys.first_of_consecutive() {
+            Some(first) => tensor.first_key = first,
+            None => {
+                let (keys, kind) = (draw.keys.on_device(call.executor.device())?, [Kind::Int64]);
+                let needs =
+                    Needs { name: "fake_quant: keys", kinds: &kind, shape: &keys.size(), device: keys.device() };
+                tensor.of_rows = needs.check(&keys)?;
+            }
+        }
+        Ok(tensor)
+    }
+
+    fn describe_unkeyed(&self, call: &Call, matrix: &Matrix) -> Result<KernelTensor> {
+        let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
+        let kinds = if kinds.contains(&call.kind) { std::slice::from_ref(&call.kind) } else { &kinds };
+        let shape = matrix.x.size();
+        let x =
+            Needs { name: "fake_quant: x", kinds, shape: &shape, device: call.executor.device() }.check(matrix.x)?;
+        let (rows, cols) = (shape[0] as usize, shape[1] as usize);
+        let octets_of_row = kernel::octets_of_row(call.format, cols);
+        tiles("fake_quant: x", rows, octets_of_row, TILE_OCTETS)?;
+        let pointer = |tensor: &Option<Tensor>| tensor.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
+        let (y, codes) = (pointer(&self.made.dequantized), pointer(&self.made.codes));
+        let aligned = |pointer: *const c_void| (pointer as usize).is_multiple_of(16);
+        let whole = cols % 8 == 0 && aligned(x) && aligned(y) && aligned(codes);
+        let per_row = matrix.scale == MatrixScale::Own(TensorScale::Row);
+        Ok(KernelTensor {
+            x,
+            y,
+            codes,
+            scales: pointer(&self.made.block_scales),
+            amax: pointer(&self.made.amax),
+            of_rows: pointer(&self.of_rows),
+            rows: rows as u32,
+            cols: cols as u32,
+            by_row: Divider::new(octets_of_row as u32),
+            flags: if whole { kernel::WHOLE } else { 0 } | if per_row { kernel::AMAX_PER_ROW } else { 0 },
+            ..KernelTensor::default()
+        })
     }
 }

@@ -17,64 +17,83 @@ unsafe extern "C" {
     fn temper_current_cuda_stream(device: i32) -> *mut c_void;
 }
 
-/// Threads of a block, for every kernel so far. A multiple of the warp: the kernels shuffle among full warps.
+/// Threads of a block, for every kernel: kBlockThreads of kernels/include/portable.cuh.
 pub const BLOCK_THREADS: u32 = 256;
 
-/// Kernels stride over the grid, so a larger one would only add blocks that wait.
-const MAX_BLOCKS: u64 = 8192;
-
-/// Blocks that give `threads` threads, at most [`MAX_BLOCKS`].
-pub fn grid_blocks(threads: u64) -> u32 {
-    threads.div_ceil(u64::from(BLOCK_THREADS)).clamp(1, MAX_BLOCKS) as u32
+/// A launch of a kernel of kernels/`file`.cu with its one argument struct.
+pub struct Launch<'a> {
+    pub file: &'static str,
+    pub kernel: &'a str,
+    /// Blocks of [`BLOCK_THREADS`] threads.
+    pub blocks: u32,
+    args: *const c_void,
+    args_bytes: usize,
 }
 
-/// One kernel argument, of the width the kernel declares.
-#[derive(Clone, Copy, Debug)]
-pub enum Arg {
-    Pointer(*mut c_void),
-    U64(u64),
-    U32(u32),
-    F32(f32),
+impl<'a> Launch<'a> {
+    /// `args`: of the layout that the kernel declares.
+    pub fn new<Args>(file: &'static str, kernel: &'a str, blocks: u32, args: &'a Args) -> Launch<'a> {
+        Launch { file, kernel, blocks, args: std::ptr::from_ref(args).cast(), args_bytes: size_of::<Args>() }
+    }
+
+    /// Address and size of the argument struct.
+    pub fn args(&self) -> (*const c_void, usize) {
+        (self.args, self.args_bytes)
+    }
 }
 
-impl Arg {
-    /// The argument's bytes at the low end of a word: CUDA reads as many as the kernel declares.
-    fn word(self) -> u64 {
-        match self {
-            Arg::Pointer(p) => p as u64,
-            Arg::U64(v) => v,
-            Arg::U32(v) => u64::from(v),
-            Arg::F32(v) => u64::from(v.to_bits()),
+/// What runs launches: a GPU ([`Gpu`]), or in the tests the host's build of the same kernels on CPU tensors.
+pub trait Executor {
+    /// Where the tensors must lie.
+    fn device(&self) -> Device;
+
+    /// # Errors
+    /// `Unavailable` without kernels, driver or device; `OutOfMemory`; `Runtime` with the reason.
+    ///
+    /// # Safety
+    /// The argument struct is the one that the kernel declares. Its pointers are to live memory of `device`, as large
+    /// as the shapes in it say, and stay allocated until torch's current stream has passed this launch (torch's caching
+    /// allocator guarantees it for tensors made on that stream).
+    unsafe fn run(&self, launch: &Launch) -> Result<()>;
+}
+
+/// CUDA device N; launches go to torch's current stream.
+pub struct Gpu(usize);
+
+impl Gpu {
+    /// CUDA device `index`, whether or not there is one: launches say so.
+    pub fn number(index: usize) -> Gpu {
+        Gpu(index)
+    }
+
+    /// The device of a tensor.
+    pub fn of(name: &str, tensor: &Tensor) -> Result<Gpu> {
+        match tensor.device() {
+            Device::Cuda(index) => Ok(Gpu(index)),
+            other => Err(Error::Runtime(format!("{name}: found device {other:?}, expected a CUDA device"))),
         }
     }
 }
 
-/// Launches `kernel` of kernels/`file`.cu on torch's current stream of CUDA device `device`.
-///
-/// # Errors
-/// `Unavailable` without kernels, driver or device; `OutOfMemory`; `Runtime` with CUDA's reason.
-///
-/// # Safety
-/// `args` match the kernel's parameters in number and width. Pointers are to live memory of that device, as large as
-/// the kernel's shapes say, and stay allocated until torch's current stream has passed this launch (torch's caching
-/// allocator guarantees it for tensors made on that stream).
-pub unsafe fn launch(file: &str, kernel: &'static str, device: usize, threads: u64, args: &[Arg]) -> Result<()> {
-    let ordinal = i32::try_from(device).map_err(|_| Error::Runtime(format!("CUDA device {device}: no such device")))?;
-    let function = function(file, kernel, ordinal)?;
-    let mut words: Vec<u64> = args.iter().map(|a| a.word()).collect();
-    let mut pointers: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-    // SAFETY: the stream belongs to torch and to the device's primary context; torch keeps its streams for the
-    // life of the process.
-    let stream = unsafe { temper_current_cuda_stream(ordinal) } as sys::CUstream;
-    let block = (BLOCK_THREADS, 1, 1);
-    let launched = in_context(function.context, || {
-        // SAFETY: `pointers` point into `words`, which outlives the call (CUDA copies the arguments at launch); their
-        // number and widths are the caller's promise.
-        unsafe {
-            result::launch_kernel(function.function, (grid_blocks(threads), 1, 1), block, 0, stream, &mut pointers)
-        }
-    });
-    launched.map_err(|e| driver_error(&format!("launch of {kernel} on cuda:{device}"), e))
+impl Executor for Gpu {
+    fn device(&self) -> Device {
+        Device::Cuda(self.0)
+    }
+
+    unsafe fn run(&self, launch: &Launch) -> Result<()> {
+        let ordinal = i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))?;
+        let function = function(launch.file, launch.kernel, ordinal)?;
+        let mut arguments = [launch.args.cast_mut()];
+        // SAFETY: the stream belongs to torch and to the device's primary context; torch keeps its streams for the
+        // life of the process.
+        let stream = unsafe { temper_current_cuda_stream(ordinal) } as sys::CUstream;
+        let (grid, block) = ((launch.blocks, 1, 1), (BLOCK_THREADS, 1, 1));
+        let launched = in_context(function.context, || {
+            // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
+            unsafe { result::launch_kernel(function.function, grid, block, 0, stream, &mut arguments) }
+        });
+        launched.map_err(|e| driver_error(&format!("launch of {} on cuda:{ordinal}", launch.kernel), e))
+    }
 }
 
 /// A loaded kernel and the primary context it lives in. Both are kept for the life of the process.
@@ -84,30 +103,61 @@ struct Function {
     function: sys::CUfunction,
 }
 
+/// A loaded file of kernels.
+#[derive(Clone, Copy)]
+struct Module {
+    context: sys::CUcontext,
+    module: sys::CUmodule,
+}
+
 // SAFETY: CUDA's handles may be used from any thread; they are never freed.
 unsafe impl Send for Function {}
+// SAFETY: as above.
+unsafe impl Send for Module {}
 
-static FUNCTIONS: Mutex<BTreeMap<(i32, &'static str), Function>> = Mutex::new(BTreeMap::new());
+#[derive(Default)]
+struct Loaded {
+    modules: BTreeMap<(i32, &'static str), Module>,
+    functions: BTreeMap<(i32, String), Function>,
+}
 
-fn function(file: &str, kernel: &'static str, ordinal: i32) -> Result<Function> {
-    let mut functions = FUNCTIONS.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(found) = functions.get(&(ordinal, kernel)) {
+static LOADED: Mutex<Loaded> = Mutex::new(Loaded { modules: BTreeMap::new(), functions: BTreeMap::new() });
+
+fn function(file: &'static str, kernel: &str, ordinal: i32) -> Result<Function> {
+    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
+    let key = (ordinal, kernel.to_string());
+    if let Some(found) = loaded.functions.get(&key) {
         return Ok(*found);
     }
+    let module = match loaded.modules.get(&(ordinal, file)) {
+        Some(module) => *module,
+        None => *loaded.modules.entry((ordinal, file)).or_insert(module(file, ordinal)?),
+    };
+    let invalid = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
+    let found = in_context(module.context, || {
+        let name = CString::new(kernel).map_err(|_| invalid)?;
+        // SAFETY: the module is loaded and never unloaded.
+        let function = unsafe { result::module::get_function(module.module, name) }?;
+        Ok(Function { context: module.context, function })
+    });
+    let found = found.map_err(|e| driver_error(&format!("{kernel} of kernels/{file}.cu on cuda:{ordinal}"), e))?;
+    loaded.functions.insert(key, found);
+    Ok(found)
+}
+
+fn module(file: &str, ordinal: i32) -> Result<Module> {
     let image = image(file)?;
     // SAFETY: only asks whether libcuda can be opened; cudarc would panic later where it cannot.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::Unavailable("no NVIDIA driver (libcuda) on this machine: use --device cpu".into()));
     }
-    let loaded = load(&image, kernel, ordinal).map_err(|e| match e.0 {
+    load(&image, ordinal).map_err(|e| match e.0 {
         sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => Error::Unavailable(format!(
             "cuda:{ordinal}: the kernels were built for {}; set CUDA_ARCHES to this GPU's and build again",
             kernels::ARCHES.join(", ")
         )),
-        _ => driver_error(&format!("loading {kernel} on cuda:{ordinal}"), e),
-    })?;
-    functions.insert((ordinal, kernel), loaded);
-    Ok(loaded)
+        _ => driver_error(&format!("loading kernels/{file}.cu on cuda:{ordinal}"), e),
+    })
 }
 
 /// The fatbin of kernels/`file`.cu, copied to words: CUDA reads 8-byte fields, and embedded bytes have no alignment.
@@ -126,19 +176,15 @@ fn image(file: &str) -> Result<Vec<u64>> {
     Ok(words.collect())
 }
 
-fn load(image: &[u64], kernel: &str, ordinal: i32) -> std::result::Result<Function, DriverError> {
+fn load(image: &[u64], ordinal: i32) -> std::result::Result<Module, DriverError> {
     result::init()?;
     let device = result::device::get(ordinal)?;
     // SAFETY: `device` was just returned by CUDA. The context is torch's own (primary), never released.
     let context = unsafe { result::primary_ctx::retain(device) }?;
-    let invalid = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
-    let name = CString::new(kernel).map_err(|_| invalid)?;
     in_context(context, || {
         // SAFETY: `image` is a fatbin that nvcc wrote, aligned to 8 bytes; the module is never unloaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
-        // SAFETY: `module` was just loaded.
-        let function = unsafe { result::module::get_function(module, name) }?;
-        Ok(Function { context, function })
+        Ok(Module { context, module })
     })
 }
 
@@ -176,17 +222,17 @@ pub struct Needs<'a> {
     pub kinds: &'a [Kind],
     /// Sizes, outermost first.
     pub shape: &'a [i64],
-    pub device: usize,
+    pub device: Device,
 }
 
 impl Needs<'_> {
     /// The tensor's device pointer, or an error that names the tensor, what was found and what was expected.
-    pub fn check(&self, tensor: &Tensor) -> Result<Arg> {
+    pub fn check(&self, tensor: &Tensor) -> Result<*mut c_void> {
         let wrong = |found: String, expected: String| {
             Err(Error::Runtime(format!("{}: found {found}, expected {expected}", self.name)))
         };
-        if tensor.device() != Device::Cuda(self.device) {
-            return wrong(format!("device {:?}", tensor.device()), format!("{:?}", Device::Cuda(self.device)));
+        if tensor.device() != self.device {
+            return wrong(format!("device {:?}", tensor.device()), format!("{:?}", self.device));
         }
         if !self.kinds.contains(&tensor.kind()) {
             return wrong(format!("dtype {:?}", tensor.kind()), format!("{:?}", self.kinds));
@@ -197,17 +243,6 @@ impl Needs<'_> {
         if !tensor.is_contiguous() {
             return wrong(format!("strides {:?}", tensor.stride()), "a contiguous tensor".into());
         }
-        Ok(Arg::Pointer(tensor.data_ptr()))
-    }
-}
-
-/// The number N of a tensor on cuda:N, and its sizes as [rows, cols].
-pub fn cuda_matrix(name: &str, tensor: &Tensor) -> Result<(usize, i64, i64)> {
-    let Device::Cuda(device) = tensor.device() else {
-        return Err(Error::Runtime(format!("{name}: found device {:?}, expected a CUDA device", tensor.device())));
-    };
-    match tensor.size()[..] {
-        [rows, cols] => Ok((device, rows, cols)),
-        _ => Err(Error::Runtime(format!("{name}: found shape {:?}, expected [rows, cols]", tensor.size()))),
+        Ok(tensor.data_ptr())
     }
 }

@@ -1,6 +1,6 @@
 //! The CUDA side of every operation; launch.rs is the one place that launches.
 
+pub mod batch;
 pub mod fake_quant;
 pub mod launch;
-pub mod matmul_error;
-pub mod perturb;
+pub mod noise;

@@ -1,0 +1,262 @@
+//! The launches of kernels/fake_quant_*.cu and amax.cu: their argument structs, names and grids.
+
+use std::ffi::c_void;
+
+use tch::{Kind, Tensor};
+
+use crate::Result;
+use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
+use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::cuda::batch::Divider;
+use crate::ops::cuda::launch::{BLOCK_THREADS, Executor, Launch};
+
+/// `FakeQuantTensor` of kernels/include/fake_quant.cuh.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct KernelTensor {
+    pub x: *const c_void,
+    pub y: *mut c_void,
+    pub codes: *mut c_void,
+    pub scales: *mut c_void,
+    pub amax: *mut c_void,
+    pub of_rows: *mut c_void,
+    pub first_key: u64,
+    pub rows: u32,
+    pub cols: u32,
+    pub first_tile: u32,
+    pub stream: u32,
+    pub by_row: Divider,
+    pub flags: u32,
+    pub unused: u32,
+}
+
+impl Default for KernelTensor {
+    fn default() -> KernelTensor {
+        let null = std::ptr::null_mut();
+        KernelTensor {
+            x: null,
+            y: null,
+            codes: null,
+            scales: null,
+            amax: null,
+            of_rows: null,
+            first_key: 0,
+            rows: 0,
+            cols: 0,
+            first_tile: 0,
+            stream: 0,
+            by_row: Divider::default(),
+            flags: 0,
+            unused: 0,
+        }
+    }
+}
+
+/// `FakeQuantFlags`.
+pub const WHOLE: u32 = 1;
+pub const AMAX_PER_ROW: u32 = 2;
+
+/// `FakeQuantBatch`.
+#[repr(C)]
+struct KernelBatch {
+    count: u32,
+    rule: u32,
+    rounding: u32,
+    unused: u32,
+    seed: u64,
+    nonfinite_blocks: *mut c_void,
+    sums: *mut c_void,
+    tensors: [KernelTensor; BATCH],
+}
+
+/// Matrices of one launch.
+const BATCH: usize = 46;
+/// `kTileOctets`.
+pub const TILE_OCTETS: u32 = 4 * BLOCK_THREADS;
+/// `kErrorSums`.
+pub const ERROR_SUMS: usize = 11;
+
+/// From the order of the kernels' `ErrorSum`.
+pub fn error_sums(sums: &[f64]) -> TensorErrorSums {
+    TensorErrorSums {
+        x_sq: sums[0],
+        q_sq: sums[1],
+        x_q: sums[2],
+        error_sq: sums[3],
+        relative: sums[4],
+        elements: sums[5] as u64,
+        nonzero: sums[6] as u64,
+        deadzone: sums[7] as u64,
+        saturated: sums[8] as u64,
+        nonfinite: sums[9] as u64,
+        max_abs_error: sums[10],
+    }
+}
+
+/// Octets of a row of `cols`, filled up to whole blocks.
+pub fn octets_of_row(format: Format, cols: usize) -> usize {
+    let octets_of_block = if matches!(format.family, Family::Fp8 { .. }) { 1 } else { format.block_size(cols) / 8 };
+    cols.div_ceil(8 * octets_of_block) * octets_of_block
+}
+
+/// What all launches of a call share.
+pub struct Call<'a> {
+    pub executor: &'a dyn Executor,
+    pub format: Format,
+    pub kind: Kind,
+    pub seed: u64,
+}
+
+impl Call<'_> {
+    pub fn zeros(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_zeros(shape, (kind, self.executor.device()))?)
+    }
+
+    /// f32 [1].
+    pub fn filled(&self, value: f32) -> Result<Tensor> {
+        Ok(Tensor::f_full([1], f64::from(value), (Kind::Float, self.executor.device()))?)
+    }
+
+    /// Finds the amaxes of tensors; with each, whether that of the tensor is wanted, or in fp8 those of its rows alone.
+    ///
+    /// # Safety
+    /// As [`Executor::run`].
+    pub unsafe fn find_amaxes(&self, tensors: &[(KernelTensor, bool)]) -> Result<()> {
+        let all: Vec<KernelTensor> = tensors.iter().map(|(tensor, _)| *tensor).collect();
+        let dtype = self.dtype();
+        if !matches!(self.format.family, Family::Fp8 { .. }) {
+            let shape = if self.format.two_d { "tiles" } else { "blocks" };
+            // SAFETY: the caller's promise.
+            return unsafe { self.run("amax", &format!("amax_{shape}_{dtype}"), &all, |tensor| self.tiles(tensor)) };
+        }
+        let of_tensor: Vec<KernelTensor> = tensors.iter().filter(|(_, wanted)| *wanted).map(|(t, _)| *t).collect();
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.run("amax", &format!("amax_rows_{dtype}"), &all, |tensor| self.tiles(tensor))?;
+            self.run("amax", "amax_of_rows", &of_tensor, |_| 1)
+        }
+    }
+
+    /// nonfinite_blocks i64 [tensors]; sums f64 [tensors, ERROR_SUMS] or None. Both are added to.
+    ///
+    /// # Safety
+    /// As [`Executor::run`].
+    pub unsafe fn quantize(
+        &self,
+        tensors: &[KernelTensor],
+        nonfinite_blocks: &Tensor,
+        sums: Option<&Tensor>,
+    ) -> Result<()> {
+        let (file, stem) = kernel_name(self.format);
+        let kernel = format!("fake_quant_{stem}_{}{}", self.dtype(), if sums.is_some() { "_errors" } else { "" });
+        // Both have 8 bytes an element; row `number` on.
+        let from = |tensor: &Tensor, number: usize, cols: usize| tensor.data_ptr().wrapping_byte_add(8 * number * cols);
+        for (number, chunk) in tensors.chunks(BATCH).enumerate() {
+            let mut batch = self.batch(chunk, |tensor| self.tiles(tensor));
+            batch.0.nonfinite_blocks = from(nonfinite_blocks, number * BATCH, 1);
+            batch.0.sums = sums.map_or(std::ptr::null_mut(), |sums| from(sums, number * BATCH, ERROR_SUMS));
+            // SAFETY: the caller's promise.
+            unsafe { self.launch(file, &kernel, &batch) }?;
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Executor::run`].
+    unsafe fn run(
+        &self,
+        file: &'static str,
+        kernel: &str,
+        tensors: &[KernelTensor],
+        tiles: impl Fn(&KernelTensor) -> u32,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        tensors.chunks(BATCH).try_for_each(|chunk| unsafe { self.launch(file, kernel, &self.batch(chunk, &tiles)) })
+    }
+
+    /// # Safety
+    /// As [`Executor::run`].
+    unsafe fn launch(&self, file: &'static str, kernel: &str, (args, blocks): &(Box<KernelBatch>, u32)) -> Result<()> {
+        match blocks {
+            0 => Ok(()),
+            // SAFETY: the caller's promise.
+            blocks => unsafe { self.executor.run(&Launch::new(file, kernel, *blocks, &**args)) },
+        }
+    }
+
+    /// The arguments of a launch, and its blocks.
+    fn batch(&self, tensors: &[KernelTensor], tiles: impl Fn(&KernelTensor) -> u32) -> (Box<KernelBatch>, u32) {
+        let mut batch = Box::new(KernelBatch {
+            count: tensors.len() as u32,
+            rule: rule_number(self.format),
+            rounding: rounding_number(self.format),
+            unused: 0,
+            seed: self.seed,
+            nonfinite_blocks: std::ptr::null_mut(),
+            sums: std::ptr::null_mut(),
+            tensors: [KernelTensor::default(); BATCH],
+        });
+        let mut blocks = 0;
+        for (to, from) in batch.tensors.iter_mut().zip(tensors) {
+            *to = KernelTensor { first_tile: blocks, ..*from };
+            blocks += tiles(from);
+        }
+        (batch, blocks)
+    }
+
+    /// Blocks of threads that a tensor takes.
+    fn tiles(&self, tensor: &KernelTensor) -> u32 {
+        let (rows, cols) = (tensor.rows, tensor.cols);
+        if !self.format.two_d {
+            // Below 2^31: `batch::tiles` has seen it.
+            return (rows * octets_of_row(self.format, cols as usize) as u32).div_ceil(TILE_OCTETS);
+        }
+        let size = self.format.block_rows() as u32;
+        rows.div_ceil(size) * cols.div_ceil(8 * BLOCK_THREADS / size)
+    }
+
+    fn dtype(&self) -> &'static str {
+        match self.kind {
+            Kind::BFloat16 => "bf16",
+            Kind::Half => "f16",
+            _ => "f32",
+        }
+    }
+}
+
+/// File and stem of the kernels of a format.
+fn kernel_name(format: Format) -> (&'static str, &'static str) {
+    match (format.family, format.two_d) {
+        (Family::Mxfp4 { .. }, false) => ("fake_quant_mxfp4", "mxfp4"),
+        (Family::Mxfp4 { .. }, true) => ("fake_quant_mxfp4", "mxfp4_2d"),
+        (Family::Mxfp8 { .. }, _) => ("fake_quant_fp8", "mxfp8"),
+        (Family::Fp8 { .. }, _) => ("fake_quant_fp8", "fp8"),
+        (Family::Nvfp4 { four_over_six: true }, _) => ("fake_quant_variants", "nvfp4_4over6"),
+        (Family::Nvfp4 { .. }, false) => ("fake_quant_nvfp4", "nvfp4"),
+        (Family::Nvfp4 { .. }, true) => ("fake_quant_nvfp4", "nvfp4_2d"),
+        (Family::Nvfp4SingleLevel, _) => ("fake_quant_variants", "nvfp4_single_level"),
+    }
+}
+
+/// `MxScaleRule` of kernels/include/block_scale.cuh; 0 where there is none.
+fn rule_number(format: Format) -> u32 {
+    match format.family {
+        Family::Mxfp4 { rule } | Family::Mxfp8 { rule } => match rule {
+            MxScaleRule::Floor => 0,
+            MxScaleRule::Even => 1,
+            MxScaleRule::Rceil => 2,
+        },
+        _ => 0,
+    }
+}
+
+/// `Rounding` of kernels/include/grid.cuh.
+fn rounding_number(format: Format) -> u32 {
+    match (format.family, format.rounding) {
+        (Family::Nvfp4SingleLevel, _) => 4,
+        (_, Rounding::NearestEven) => 0,
+        (_, Rounding::HalfAway) => 1,
+        (_, Rounding::Stochastic16) => 2,
+        (_, Rounding::Stochastic8) => 3,
+    }
+}

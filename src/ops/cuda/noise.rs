@@ -1,0 +1,221 @@
+//! Noise on a batch of matrices on a CUDA device: kernels/noise.cu. It makes the error of a matrix product
+//! (ops/matmul_error.rs) and AQN (ops/perturb.rs); outputs bit for bit numerics::error_law and numerics::generator.
+#![allow(unsafe_code)]
+
+use std::ffi::c_void;
+
+use tch::{Kind, Tensor};
+
+use super::batch::{Divider, tiles};
+use super::launch::{BLOCK_THREADS, Executor, Launch, Needs};
+use crate::numerics::error_law::ErrorLaw;
+use crate::numerics::generator::COLUMN_BLOCK;
+use crate::ops::matmul_error::RowKeys;
+use crate::{Error, Result};
+
+/// A matrix that gets noise.
+#[derive(Clone, Copy)]
+pub struct Noisy<'a> {
+    pub y: &'a Tensor,            // [rows, cols] f32, bf16 or f16, contiguous
+    pub into: Destination<'a>,    // [rows, cols]
+    pub bias: Option<&'a Tensor>, // [cols] f32
+    pub keys: &'a RowKeys,        // [rows]
+    pub scale: f32,
+    pub stream: u32,
+}
+
+/// Where the result goes.
+#[derive(Clone, Copy)]
+pub enum Destination<'a> {
+    /// round(law(y) + bias): f32, bf16 or f16 where y is f32, else of the dtype of y, which it may be.
+    Store(&'a Tensor),
+    /// += law(y), f32.
+    Add(&'a Tensor),
+}
+
+/// What all matrices of a call share.
+#[derive(Clone, Copy)]
+pub struct Law<'a> {
+    pub law: ErrorLaw,
+    pub seed: u64,
+    /// f64 [matrices, SUMS], added to: error, error^2, y^2, y^4, elements; error = round(y' + bias) - round(y + bias).
+    pub sums: Option<&'a Tensor>,
+}
+
+/// Sums of a matrix.
+pub const SUMS: i64 = 5;
+
+/// Matrices whose y and results have one dtype each.
+///
+/// # Errors
+/// `Runtime` naming the tensor of the wrong device, dtype, shape or strides; `Unavailable` without kernels or driver.
+pub fn add_noise(executor: &dyn Executor, law: &Law, matrices: &[Noisy]) -> Result<()> {
+    let Some(first) = matrices.first() else { return Ok(()) };
+    let kinds = (first.y.kind(), first.into.tensor().kind());
+    let kernel = match kinds {
+        (Kind::Float, Kind::Float) => "noise_f32",
+        (Kind::Float, Kind::BFloat16) => "noise_f32_to_bf16",
+        (Kind::Float, Kind::Half) => "noise_f32_to_f16",
+        (Kind::BFloat16, Kind::BFloat16) => "noise_bf16",
+        (Kind::Half, Kind::Half) => "noise_f16",
+        (from, to) => return Err(Error::Runtime(format!("noise: from {from:?} to {to:?} has no kernel"))),
+    };
+    let sums = match law.sums {
+        Some(sums) => {
+            let shape = [matrices.len() as i64, SUMS];
+            Needs { name: "noise: sums", kinds: &[Kind::Double], shape: &shape, device: executor.device() }
+                .check(sums)?
+        }
+        None => std::ptr::null_mut(),
+    };
+    for (number, chunk) in matrices.chunks(BATCH).enumerate() {
+        let tensors = chunk.iter().map(|m| m.describe(executor, kinds)).collect::<Result<Vec<_>>>()?;
+        let mut batch = Box::new(KernelBatch {
+            count: chunk.len() as u32,
+            law: law_number(law.law),
+            seed: law.seed,
+            sums: match law.sums {
+                Some(_) => sums.wrapping_byte_add(number * BATCH * SUMS as usize * size_of::<f64>()),
+                None => sums,
+            },
+            tensors: [KernelTensor::default(); BATCH],
+        });
+        let mut blocks = 0;
+        for (to, (from, tiles)) in batch.tensors.iter_mut().zip(tensors) {
+            *to = KernelTensor { first_tile: blocks, ..from };
+            blocks += tiles;
+        }
+        if blocks > 0 {
+            // SAFETY: `Needs` has checked device, dtype, shape and strides of everything that the batch points to.
+            unsafe { executor.run(&Launch::new("noise", kernel, blocks, &*batch)) }?;
+        }
+    }
+    Ok(())
+}
+
+impl Destination<'_> {
+    fn tensor(&self) -> &Tensor {
+        match self {
+            Destination::Store(tensor) | Destination::Add(tensor) => tensor,
+        }
+    }
+}
+
+impl Noisy<'_> {
+    /// What the kernel wants to know, and the blocks of threads that the matrix takes.
+    fn describe(&self, executor: &dyn Executor, (from, to): (Kind, Kind)) -> Result<(KernelTensor, u32)> {
+        let device = executor.device();
+        let [rows, cols] = self.y.size()[..] else {
+            return Err(Error::Runtime(format!("noise: y: found shape {:?}, expected [rows, cols]", self.y.size())));
+        };
+        let needs = |name, kind: Kind, shape: &[i64], tensor: &Tensor| {
+            Needs { name, kinds: &[kind], shape, device }.check(tensor)
+        };
+        let y = needs("noise: y", from, &[rows, cols], self.y)?;
+        let out = needs("noise: out", to, &[rows, cols], self.into.tensor())?;
+        let accumulates = matches!(self.into, Destination::Add(_));
+        if accumulates && (to != Kind::Float || self.bias.is_some()) {
+            return Err(Error::Runtime(format!("noise: found a sum in {to:?} or with a bias, expected f32 without")));
+        }
+        let bias = match self.bias {
+            Some(bias) => needs("noise: bias", Kind::Float, &[cols], bias)?,
+            None => std::ptr::null_mut(),
+        };
+        if self.keys.len() as i64 != rows {
+            return Err(Error::Runtime(format!("noise: {} row keys for {rows} rows", self.keys.len())));
+        }
+        let (keys, keys_flag) = match self.keys.first_of_consecutive() {
+            Some(first) => (first, 0),
+            None => {
+                let keys = self.keys.on_device(device)?;
+                (needs("noise: keys", Kind::Int64, &[rows], &keys)? as u64, KEY_ARRAY)
+            }
+        };
+        let calls = (cols as usize).div_ceil(COLUMN_BLOCK) * 4;
+        let tiles = tiles("noise: y", rows as usize, calls, TILE_CALLS)?;
+        let multiple = |of: i64, pointer: *mut c_void, kind: Kind| {
+            cols % of == 0 && (pointer as usize).is_multiple_of(of as usize * kind.elt_size_in_bytes())
+        };
+        let pairs = multiple(2, y, from) && multiple(2, out, to);
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        let tensor = KernelTensor {
+            y,
+            out,
+            bias,
+            keys,
+            rows: rows as u32,
+            cols: cols as u32,
+            first_tile: 0,
+            stream: self.stream,
+            by_row: Divider::new(calls as u32),
+            scale: self.scale,
+            flags: keys_flag | flag(pairs, PAIRS) | flag(multiple(4, out, to), QUADS) | flag(accumulates, ACCUMULATE),
+        };
+        Ok((tensor, tiles))
+    }
+}
+
+/// `NoiseTensor` of kernels/noise.cu.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct KernelTensor {
+    y: *const c_void,
+    out: *mut c_void,
+    bias: *const c_void,
+    keys: u64,
+    rows: u32,
+    cols: u32,
+    first_tile: u32,
+    stream: u32,
+    by_row: Divider,
+    scale: f32,
+    flags: u32,
+}
+
+impl Default for KernelTensor {
+    fn default() -> KernelTensor {
+        KernelTensor {
+            y: std::ptr::null(),
+            out: std::ptr::null_mut(),
+            bias: std::ptr::null(),
+            keys: 0,
+            rows: 0,
+            cols: 0,
+            first_tile: 0,
+            stream: 0,
+            by_row: Divider::default(),
+            scale: 0.0,
+            flags: 0,
+        }
+    }
+}
+
+/// `NoiseFlags`.
+const KEY_ARRAY: u32 = 1;
+const PAIRS: u32 = 2;
+const QUADS: u32 = 4;
+const ACCUMULATE: u32 = 8;
+
+/// `NoiseBatch`.
+#[repr(C)]
+struct KernelBatch {
+    count: u32,
+    law: u32,
+    seed: u64,
+    sums: *mut c_void,
+    tensors: [KernelTensor; BATCH],
+}
+
+/// Matrices of one launch.
+const BATCH: usize = 62;
+/// `kTileCalls`.
+const TILE_CALLS: u32 = 4 * BLOCK_THREADS;
+
+/// `ErrorLaw` of kernels/include/error_law.cuh.
+fn law_number(law: ErrorLaw) -> u32 {
+    match law {
+        ErrorLaw::RelativeGaussian => 0,
+        ErrorLaw::AbsoluteGaussian => 1,
+        ErrorLaw::SystematicBias => 2,
+    }
+}
