@@ -7,7 +7,7 @@
 // amax and of_rows are zero before. The arguments are those of the fake_quant kernels that follow, and so are the tiles;
 // src/ops/cuda/fake_quant.rs.
 
-#include "fake_quant.cuh"
+#include "octets.cuh"
 
 namespace {
 
@@ -33,32 +33,25 @@ TEMPER_DEVICE void enter_tensor_amax(float* amax, uint32_t b, uint32_t* scratch)
   if (threadIdx.x == 0) atomicMax(reinterpret_cast<unsigned int*>(amax), b);
 }
 
-template <typename T>
-TEMPER_DEVICE Octet<T> load_at(const FakeQuantTensor& t, const Place& place) {
-  if (!place.inside) return zero_octet<T>();
-  return load_octet(static_cast<const T*>(t.x) + uint64_t(place.row) * t.cols, place.column, t.cols, t.flags & kWhole);
-}
-
-// kOfRows: NaN and infinity stay, and the result is the row's.
-template <typename T, class Format, bool kOfRows>
-TEMPER_DEVICE void amax_by_rows(const FakeQuantBatch& batch, uint32_t* scratch) {
-  const FakeQuantTensor& t = batch.tensors[tensor_of_tile(batch.tensors, batch.count, blockIdx.x)];
-  const uint32_t first = (blockIdx.x - t.first_tile) * kTileOctets + threadIdx.x;
+// Blocks of kBlock; 0: of whole rows, NaN and infinity included, and the result is the row's.
+template <typename T, uint32_t kBlock, bool kIsWhole>
+TEMPER_DEVICE void amax_of_tile(const FakeQuantTensor& t, const Tile& tile, uint32_t* scratch) {
   constexpr uint32_t kOctets = kTileOctets / kBlockThreads;
+  constexpr bool kOfRows = kBlock == 0;
   Octet<T> x[kOctets];
 #pragma unroll
-  for (uint32_t i = 0; i < kOctets; ++i) x[i] = load_at<T>(t, place_of<Format>(t, first + i * kBlockThreads));
+  for (uint32_t i = 0; i < kOctets; ++i) x[i] = load_at<T, kIsWhole>(t, tile.place<kIsWhole>(t, i));
   uint32_t largest = 0;
 #pragma unroll
   for (uint32_t i = 0; i < kOctets; ++i) {
     uint32_t b = octet_amax(x[i]);
     if (!kOfRows && __any_sync(kFullWarp, b >= kInfinityBits)) {
-      const uint32_t of_block = group_max(b, 1, Format::kBlock / 8);
+      const uint32_t of_block = group_max(b, 1, kBlock / 8);
       b = of_block >= kInfinityBits ? 0 : b;
     }
     if (kOfRows || t.flags & kAmaxPerRow) {
-      const Place place = place_of<Format>(t, first + i * kBlockThreads);
-      enter_row_amax(kOfRows ? static_cast<float*>(t.of_rows) : t.amax, place.row, place.inside, b);
+      const Place place = tile.place<kIsWhole>(t, i);
+      enter_row_amax(kOfRows ? static_cast<float*>(t.of_rows) : t.amax, t.row(place.at), place.inside, b);
     } else {
       largest = b > largest ? b : largest;
     }
@@ -66,11 +59,23 @@ TEMPER_DEVICE void amax_by_rows(const FakeQuantBatch& batch, uint32_t* scratch) 
   if (!kOfRows && !(t.flags & kAmaxPerRow)) enter_tensor_amax(t.amax, largest, scratch);
 }
 
-template <typename T>
-TEMPER_DEVICE void amax_by_tiles(const FakeQuantBatch& batch, uint32_t* amaxes, uint32_t* scratch) {
+template <typename T, uint32_t kBlock>
+TEMPER_DEVICE void amax_by_rows(const FakeQuantBatch& batch, uint32_t* scratch) {
   const FakeQuantTensor& t = batch.tensors[tensor_of_tile(batch.tensors, batch.count, blockIdx.x)];
-  const Octet<T> x = load_at<T>(t, SquareTiles<Nvfp4>::place(t));
-  const uint32_t b = SquareTiles<Nvfp4>::amax(octet_amax(x), amaxes);
+  const Tile tile(t);
+  if (tile.is_whole) {
+    amax_of_tile<T, kBlock, true>(t, tile, scratch);
+  } else {
+    amax_of_tile<T, kBlock, false>(t, tile, scratch);
+  }
+}
+
+template <typename T>
+TEMPER_DEVICE void amax_by_squares(const FakeQuantBatch& batch, uint32_t* amaxes, uint32_t* scratch) {
+  const FakeQuantTensor& t = batch.tensors[tensor_of_tile(batch.tensors, batch.count, blockIdx.x)];
+  const SquareTiles<16> tile(t);
+  const Octet<T> x = tile.is_whole ? load_at<T, true>(t, tile.place) : load_at<T, false>(t, tile.place);
+  const uint32_t b = SquareTiles<16>::amax(octet_amax(x), amaxes);
   enter_tensor_amax(t.amax, b >= kInfinityBits ? 0 : b, scratch);
 }
 
@@ -79,13 +84,13 @@ TEMPER_DEVICE void amax_by_tiles(const FakeQuantBatch& batch, uint32_t* amaxes, 
 #define TEMPER_AMAX(dtype, T)                                                     \
   TEMPER_KERNEL(amax_blocks_##dtype, FakeQuantBatch, 4) {                            \
     __shared__ uint32_t scratch[kWarps];                                          \
-    amax_by_rows<T, Nvfp4, false>(args, scratch);                                 \
+    amax_by_rows<T, 16>(args, scratch);                                 \
   }                                                                               \
-  TEMPER_KERNEL(amax_rows_##dtype, FakeQuantBatch, 4) { amax_by_rows<T, Fp8, true>(args, nullptr); } \
+  TEMPER_KERNEL(amax_rows_##dtype, FakeQuantBatch, 4) { amax_by_rows<T, 0>(args, nullptr); } \
   TEMPER_KERNEL(amax_tiles_##dtype, FakeQuantBatch, 4) {                             \
-    __shared__ uint32_t amaxes[SquareTiles<Nvfp4>::kScratch];                     \
+    __shared__ uint32_t amaxes[SquareTiles<16>::kScratch];                     \
     __shared__ uint32_t scratch[kWarps];                                          \
-    amax_by_tiles<T>(args, amaxes, scratch);                                      \
+    amax_by_squares<T>(args, amaxes, scratch);                                      \
   }
 
 TEMPER_AMAX(f32, float)

@@ -28,9 +28,8 @@ struct NoiseTensor {
 
 enum NoiseFlags : uint32_t {
   kKeyArray = 1,
-  kPairs = 2,       // rows begin at multiples of two elements' bytes: pairs of columns are read and written at once
-  kQuads = 4,       // ... of four elements' bytes in out
-  kAccumulate = 8,  // out += law(y); f32 alone, without bias
+  kWholeBlocks = 2,  // cols is a multiple of 64 and everything aligned to 8 bytes: columns are read and written in pairs
+  kAccumulate = 4,   // out += law(y); f32 alone, without bias
 };
 
 struct NoiseBatch {
@@ -49,29 +48,31 @@ constexpr uint32_t kTileCalls = 4 * kBlockThreads;
 
 namespace {
 
-// Two elements from row[column] on; 0 beyond `cols`.
-template <typename T>
-TEMPER_DEVICE void load_pair(const T* row, uint32_t column, uint32_t cols, bool pairs, float y[2]) {
-  if (pairs && column < cols) {
-    if constexpr (sizeof(T) == 4) {
-      const Words2 pair = *reinterpret_cast<const Words2*>(row + column);
-      y[0] = float_of(pair.w[0]), y[1] = float_of(pair.w[1]);
-    } else {
-      const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + column);
-      y[0] = widened(T{uint16_t(pair)}), y[1] = widened(T{uint16_t(pair >> 16)});
-    }
-    return;
-  }
-#pragma unroll
-  for (uint32_t i = 0; i < 2; ++i) y[i] = column + i < cols ? widened(row[column + i]) : 0.0f;
-}
-
-// The outputs of a thread: pairs of columns first + 8i, first + 8i + 1.
-TEMPER_DEVICE void store_columns(float* row, uint32_t first, uint32_t cols, uint32_t flags, const float out[16]) {
+// The columns of a thread: pairs first + 8i, first + 8i + 1. kIsWhole: all of them are below `cols`, and pairs aligned.
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE void load_columns(const T* row, uint32_t first, uint32_t cols, float y[16]) {
 #pragma unroll
   for (uint32_t i = 0; i < 8; ++i) {
     const uint32_t column = first + 8 * i;
-    if (flags & kPairs && column < cols) {
+    if constexpr (!kIsWhole) {
+      y[2 * i] = column < cols ? widened(row[column]) : 0.0f;
+      y[2 * i + 1] = column + 1 < cols ? widened(row[column + 1]) : 0.0f;
+    } else if constexpr (sizeof(T) == 4) {
+      const Words2 pair = *reinterpret_cast<const Words2*>(row + column);
+      y[2 * i] = float_of(pair.w[0]), y[2 * i + 1] = float_of(pair.w[1]);
+    } else {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + column);
+      y[2 * i] = widened(T{uint16_t(pair)}), y[2 * i + 1] = widened(T{uint16_t(pair >> 16)});
+    }
+  }
+}
+
+template <bool kIsWhole>
+TEMPER_DEVICE void store_columns(float* row, uint32_t first, uint32_t cols, const float out[16]) {
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint32_t column = first + 8 * i;
+    if constexpr (kIsWhole) {
       *reinterpret_cast<Words2*>(row + column) = Words2{{bits_of(out[2 * i]), bits_of(out[2 * i + 1])}};
     } else {
       if (column < cols) row[column] = out[2 * i];
@@ -80,28 +81,28 @@ TEMPER_DEVICE void store_columns(float* row, uint32_t first, uint32_t cols, uint
   }
 }
 
-// The four lanes of a 64-column block hold 4-byte pairs; neighbours exchange half of them, so that each writes 8 bytes and
-// the block whole sectors of 32. All lanes of a warp must call; `active`: whether this one has columns.
-template <typename T>
-TEMPER_DEVICE void store_columns(T* row, uint32_t first, uint32_t cols, uint32_t flags, bool active,
-                                 const float out[16]) {
+// The four lanes of a 64-column block hold 4-byte pairs; where all are whole, neighbours exchange half of them, so that
+// each writes 8 bytes and the block whole sectors of 32.
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE void store_columns(T* row, uint32_t first, uint32_t cols, const float out[16]) {
   uint32_t pair[8];
 #pragma unroll
   for (uint32_t i = 0; i < 8; ++i) pair[i] = narrowed_pair(row, out[2 * i], out[2 * i + 1]);
-  const bool odd = threadIdx.x & 1;
+  if constexpr (kIsWhole) {
+    const bool odd = threadIdx.x & 1;
+    T* to = row + first + (odd ? 6 : 0);
 #pragma unroll
-  for (uint32_t m = 0; m < 4; ++m) {
-    const uint32_t mine = odd ? pair[2 * m + 1] : pair[2 * m], other = odd ? pair[2 * m] : pair[2 * m + 1];
-    const uint32_t received = __shfl_xor_sync(kFullWarp, other, 1);
-    const uint32_t column = first + 16 * m + (odd ? 6 : 0);
-    if (!active || column >= cols || !(flags & kQuads)) continue;
-    *reinterpret_cast<Words2*>(row + column) = odd ? Words2{{received, mine}} : Words2{{mine, received}};
-  }
-  if (flags & kQuads || !active) return;
+    for (uint32_t m = 0; m < 4; ++m) {
+      const uint32_t mine = odd ? pair[2 * m + 1] : pair[2 * m], other = odd ? pair[2 * m] : pair[2 * m + 1];
+      const uint32_t received = __shfl_xor_sync(kFullWarp, other, 1);
+      *reinterpret_cast<Words2*>(to + 16 * m) = Words2{{odd ? received : mine, odd ? mine : received}};
+    }
+  } else {
 #pragma unroll
-  for (uint32_t i = 0; i < 16; ++i) {
-    const uint32_t column = first + i / 2 * 8 + i % 2;
-    if (column < cols) row[column].bits = uint16_t(pair[i / 2] >> (16 * (i % 2)));
+    for (uint32_t j = 0; j < 16; ++j) {
+      const uint32_t column = first + j / 2 * 8 + j % 2;
+      if (column < cols) row[column].bits = uint16_t(pair[j / 2] >> (16 * (j % 2)));
+    }
   }
 }
 
@@ -109,19 +110,31 @@ struct NoiseSums {
   double sum[kNoisyElements];
   uint32_t elements;
 
-  __device__ void add(float clean, double error) {
-    const double square = double(clean) * double(clean);
+  // The difference of two rounded values that lie near each other is exact in f32; else it has f32's places.
+  __device__ void add(float clean, float noise) {
+    const double error = noise, square = double(clean) * double(clean);
     sum[kNoise] += error;
     sum[kNoiseSquare] += error * error;
     sum[kCleanSquare] += square;
     sum[kCleanFourth] += square * square;
-    ++elements;
   }
 };
 
-template <typename In, typename Out>
-TEMPER_DEVICE void noise_body(const NoiseBatch& batch, double* scratch) {
-  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
+template <bool kIsWhole, typename Out>
+TEMPER_DEVICE void add_to_sums(const Out* dtype, uint32_t first, uint32_t cols, const float clean[16],
+                               const float exact[16], const float noisy[16], NoiseSums& sums) {
+#pragma unroll
+  for (uint32_t j = 0; j < 16; ++j) {
+    if (!kIsWhole && first + j / 2 * 8 + j % 2 >= cols) continue;
+    sums.add(clean[j], rounded(dtype, noisy[j]) - rounded(dtype, exact[j]));
+    if (!kIsWhole) ++sums.elements;
+  }
+  if (kIsWhole) sums.elements += 16;
+}
+
+// A tile of kTileCalls calls, all of them inside whole blocks if kIsWhole.
+template <typename In, typename Out, bool kIsWhole>
+TEMPER_DEVICE void noise_tile(const NoiseBatch& batch, uint32_t tensor, double* scratch) {
   const NoiseTensor& t = batch.tensors[tensor];
   const uint32_t calls = (t.cols + 63) / 64 * 4;  // of a row
   uint32_t at = (blockIdx.x - t.first_tile) * kTileCalls + threadIdx.x;
@@ -129,45 +142,34 @@ TEMPER_DEVICE void noise_body(const NoiseBatch& batch, double* scratch) {
 #pragma unroll 1
   for (uint32_t i = 0; i < kTileCalls; i += kBlockThreads, at += kBlockThreads) {
     const uint32_t row = t.by_row.divide(at), call = at - row * calls;
-    const bool active = row < t.rows;
-    const uint32_t first = call / 4 * 64 + call % 4 * 2, cols = active ? t.cols : 0;
-    const uint64_t at_row = uint64_t(active ? row : 0) * t.cols;
+    if (!kIsWhole && row >= t.rows) break;
+    const uint32_t first = call / 4 * 64 + call % 4 * 2;
     float y[16], z[16];
-#pragma unroll
-    for (uint32_t j = 0; j < 8; ++j) {
-      load_pair(static_cast<const In*>(t.y) + at_row, first + 8 * j, cols, t.flags & kPairs, y + 2 * j);
-    }
-    const uint64_t* keys = reinterpret_cast<const uint64_t*>(t.keys);
-    const uint64_t key = t.flags & kKeyArray ? keys[active ? row : 0] : t.keys + row;
+    load_columns<kIsWhole>(static_cast<const In*>(t.y) + uint64_t(row) * t.cols, first, t.cols, y);
+    const uint64_t key = t.flags & kKeyArray ? reinterpret_cast<const uint64_t*>(t.keys)[row] : t.keys + row;
     normals_of_call(batch.seed, t.stream, key, call, z);
-    Out* out = static_cast<Out*>(t.out) + at_row;
+    apply_error_law(batch.law, t.scale, y, z);
+    Out* out = static_cast<Out*>(t.out) + uint64_t(row) * t.cols;
+    if (t.bias == nullptr) {
+      if (batch.sums != nullptr) add_to_sums<kIsWhole>(out, first, t.cols, y, y, z, sums);
+    } else {
+      float exact[16];
+      load_columns<kIsWhole>(t.bias, first, t.cols, exact);
 #pragma unroll
-    for (uint32_t j = 0; j < 16; ++j) {
-      const uint32_t column = first + j / 2 * 8 + j % 2;
-      float noisy = apply_error_law(batch.law, y[j], t.scale, z[j]), exact = y[j];
-      if (t.bias != nullptr && column < cols) {  // adding a bias of 0 would lose -0
-        noisy += t.bias[column];
-        exact += t.bias[column];
+      for (uint32_t j = 0; j < 16; ++j) {
+        z[j] += exact[j];
+        exact[j] += y[j];
       }
-      if (batch.sums != nullptr && column < cols) {
-        sums.add(y[j], double(rounded(out, noisy)) - double(rounded(out, exact)));
-      }
-      z[j] = noisy;
+      if (batch.sums != nullptr) add_to_sums<kIsWhole>(out, first, t.cols, y, exact, z, sums);
     }
     if constexpr (sizeof(Out) == 4) {
       if (t.flags & kAccumulate) {
+        load_columns<kIsWhole>(out, first, t.cols, y);
 #pragma unroll
-        for (uint32_t j = 0; j < 8; ++j) {
-          float before[2];
-          load_pair(out, first + 8 * j, cols, t.flags & kPairs, before);
-          z[2 * j] = before[0] + z[2 * j];
-          z[2 * j + 1] = before[1] + z[2 * j + 1];
-        }
+        for (uint32_t j = 0; j < 16; ++j) z[j] = y[j] + z[j];
       }
-      store_columns(out, first, cols, t.flags, z);
-    } else {
-      store_columns(out, first, cols, t.flags, active, z);
     }
+    store_columns<kIsWhole>(out, first, t.cols, z);
   }
   if (batch.sums == nullptr) return;
 #pragma unroll
@@ -177,10 +179,22 @@ TEMPER_DEVICE void noise_body(const NoiseBatch& batch, double* scratch) {
   }
 }
 
+template <typename In, typename Out>
+TEMPER_DEVICE void noise_body(const NoiseBatch& batch, double* scratch) {
+  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
+  const NoiseTensor& t = batch.tensors[tensor];
+  const uint32_t end = (blockIdx.x - t.first_tile + 1) * kTileCalls;
+  if (t.flags & kWholeBlocks && end <= t.cols / 64 * 4 * t.rows) {
+    noise_tile<In, Out, true>(batch, tensor, scratch);
+  } else {
+    noise_tile<In, Out, false>(batch, tensor, scratch);
+  }
+}
+
 }  // namespace
 
 #define TEMPER_NOISE(name, In, Out)             \
-  TEMPER_KERNEL(name, NoiseBatch, 3) {             \
+  TEMPER_KERNEL(name, NoiseBatch, 2) {             \
     __shared__ double scratch[kWarps];          \
     noise_body<In, Out>(args, scratch);         \
   }

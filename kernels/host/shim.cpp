@@ -2,6 +2,7 @@
 
 #include "shim.h"
 
+#include <setjmp.h>
 #include <stdlib.h>
 #include <ucontext.h>
 
@@ -26,8 +27,12 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 enum class Wait { kNone, kBlock, kWarp, kDone };
 
+// A fiber begins with a context of its own and goes on by jumps: swapcontext would ask the kernel for the signal mask
+// at every switch.
 struct Fiber {
-  ucontext_t context;
+  ucontext_t begin;
+  jmp_buf at;
+  bool has_begun = false;
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::kNone;
   uint64_t slot = 0;  // what this lane offers in an exchange
@@ -37,21 +42,34 @@ std::mutex launch_lock;
 uint32_t thread_order = 0;
 uint64_t order_state = 0;
 std::vector<Fiber> fibers;
-ucontext_t scheduler;
+jmp_buf scheduler;
 uint32_t running = 0;
 const std::function<void()>* body = nullptr;
 const Entry* first_entry = nullptr;
 
+[[noreturn]] void back_to_scheduler() { _longjmp(scheduler, 1); }
+
 void entry() {
   (*body)();
   fibers[running].wait = Wait::kDone;
-  swapcontext(&fibers[running].context, &scheduler);
+  back_to_scheduler();
 }
 
 void pause(Wait why) {
-  const uint32_t self = running;
-  fibers[self].wait = why;
-  swapcontext(&fibers[self].context, &scheduler);
+  Fiber& self = fibers[running];
+  self.wait = why;
+  if (_setjmp(self.at) == 0) back_to_scheduler();
+}
+
+// Runs a thread until it waits or ends.
+__attribute__((noinline)) void resume(uint32_t thread) {
+  running = thread;
+  current.thread.x = thread;
+  if (_setjmp(scheduler) != 0) return;
+  Fiber& fiber = fibers[thread];
+  if (fiber.has_begun) _longjmp(fiber.at, 1);
+  fiber.has_begun = true;
+  setcontext(&fiber.begin);
 }
 
 uint64_t next_random() {
@@ -82,11 +100,34 @@ void release(uint32_t first, uint32_t last) {
 void prepare(Fiber& fiber) {
   if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
   fiber.wait = Wait::kNone;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = kStackBytes;
-  fiber.context.uc_link = &scheduler;
-  makecontext(&fiber.context, entry, 0);
+  fiber.has_begun = false;
+  getcontext(&fiber.begin);
+  fiber.begin.uc_stack.ss_sp = fiber.stack.get();
+  fiber.begin.uc_stack.ss_size = kStackBytes;
+  fiber.begin.uc_link = nullptr;  // `entry` does not return
+  makecontext(&fiber.begin, entry, 0);
+}
+
+// Lets every thread of [first, last) that may run do so, in the order of `order`, until it waits. Whether any ran.
+bool run_threads(const std::vector<uint32_t>& order, uint32_t first, uint32_t last) {
+  bool ran = false;
+  for (uint32_t t : order) {
+    if (t < first || t >= last || fibers[t].wait != Wait::kNone) continue;
+    ran = true;
+    resume(t);
+  }
+  return ran;
+}
+
+// Releases the warps of [first, last) whose lanes all wait for an exchange. Whether there was one.
+bool release_warps(uint32_t first, uint32_t last) {
+  bool released = false;
+  for (; first < last; first += kWarp) {
+    if (!all_wait(first, first + kWarp, Wait::kWarp)) continue;
+    release(first, first + kWarp);
+    released = true;
+  }
+  return released;
 }
 
 const char* run_block(uint32_t block_dim) {
@@ -94,26 +135,20 @@ const char* run_block(uint32_t block_dim) {
   for (;;) {
     arrange(order);
     bool ran = false;
-    for (uint32_t t : order) {
-      if (fibers[t].wait != Wait::kNone) continue;
-      ran = true;
-      running = t;
-      current.thread.x = t;
-      swapcontext(&scheduler, &fibers[t].context);
-    }
-    if (all_wait(0, block_dim, Wait::kDone)) return nullptr;
-    if (all_wait(0, block_dim, Wait::kBlock)) {
-      release(0, block_dim);
-      continue;
-    }
-    for (uint32_t first = 0; first < block_dim; first += kWarp) {
-      const uint32_t last = std::min(first + uint32_t(kWarp), block_dim);
-      if (all_wait(first, last, Wait::kWarp)) {
-        release(first, last);
-        ran = true;
+    if (thread_order == 1) {
+      // The last warp as far as it gets, then the one before it.
+      for (uint32_t first = block_dim; first > 0 && !ran;) {
+        first -= kWarp;
+        while (run_threads(order, first, first + kWarp) || release_warps(first, first + kWarp)) ran = true;
       }
+    } else {
+      ran = run_threads(order, 0, block_dim);
+      ran = release_warps(0, block_dim) || ran;
     }
-    if (!ran) return "a barrier or shuffle that not every thread reaches";
+    if (ran) continue;
+    if (all_wait(0, block_dim, Wait::kDone)) return nullptr;
+    if (!all_wait(0, block_dim, Wait::kBlock)) return "a barrier or shuffle that not every thread reaches";
+    release(0, block_dim);
   }
 }
 

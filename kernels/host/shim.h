@@ -4,7 +4,7 @@
 // starts as NaN and threads run in the order a test asks for), a barrier or shuffle that not all threads reach
 // (reported, not hung). What it cannot show: timing, memory ordering between blocks, hardware limits.
 //
-// A thread runs until it meets a barrier, then the next one runs. A warp shuffle is one exchange: write the value,
+// A thread runs until it meets a barrier or shuffle, then the next one runs. A warp shuffle is one exchange: write the value,
 // wait for the warp, read, wait again.
 #pragma once
 
@@ -52,7 +52,8 @@ const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& k
 // Launches the kernel of that name with its argument struct.
 const char* launch_entry(const char* name, uint32_t grid, uint32_t block, const void* args, size_t args_bytes);
 
-// 0 ascending, 1 descending, else a permutation drawn anew after every barrier.
+// 0: all threads in turns, ascending; 1: the last warp as far as it gets, then the one before it; else all in turns, in a
+// permutation drawn anew after every barrier.
 void set_thread_order(uint32_t order);
 
 void barrier();                                    // of the block

@@ -16,7 +16,7 @@ struct BlockScale {
 // The values are the wire between src/ops/cuda/fake_quant.rs and the kernels.
 enum MxScaleRule : uint32_t { kFloor = 0, kEven = 1, kRceil = 2 };
 
-// mxfp4, mxfp8: 2^k with b = m * 2^e, k = e - emax (+1 by rule), clamped to [-127, 127]; zero and subnormal b give -127.
+// mxfp4, mxfp8: 2^k with b = m * 2^e, k = e - emax (+1 by rule), at least -127, as zero and subnormal b give.
 template <class Grid_, int kMaxExponent, uint32_t kLargestMantissa>
 struct MxFormat {
   using Grid = Grid_;
@@ -25,16 +25,11 @@ struct MxFormat {
   static constexpr uint32_t kNonfiniteByte = 0xff;
 
   TEMPER_DEVICE BlockScale scale(uint32_t rule, float b, float) {
-    const uint32_t bits = bits_of(b), mantissa = bits & 0x7fffffu;
-    const int biased = int(bits >> 23);
-    int k = -127;
-    if (biased != 0) {
-      const int up = (rule == kEven && mantissa >= 0x600000u)             // m >= 1.75
-                     || (rule == kRceil && mantissa > kLargestMantissa);  // m > that of the largest element
-      k = biased - 127 - kMaxExponent + up;
-      k = k < -127 ? -127 : k;  // the largest e is 127, so k <= 126
-    }
-    return BlockScale{power_of_two(-k), power_of_two(k), uint32_t(k + 127)};
+    // Carries into the exponent where the rule goes up: m >= 1.75, or m above that of the largest element.
+    const uint32_t carry = rule == kEven ? 0x200000 : rule == kRceil ? 0x7fffff - kLargestMantissa : 0;
+    const int exponent = int((bits_of(b) + carry) >> 23) - kMaxExponent;  // k + 127, at most 253
+    const uint32_t byte = exponent < 0 ? 0 : uint32_t(exponent);
+    return BlockScale{float_of((254 - byte) << 23), float_of(byte == 0 ? 0x400000 : byte << 23), byte};
   }
   TEMPER_DEVICE float tensor_scale(uint32_t, float) { return 1.0f; }
 };

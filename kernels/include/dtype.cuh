@@ -94,17 +94,19 @@ TEMPER_DEVICE float element(const Octet<T>& x, int i) {
   return widened(T{uint16_t(x.vector[0].w[i / 2] >> (16 * (i % 2)))});
 }
 
-// From row[column] on. `whole`: the row is aligned to 16 bytes and ends with an octet; else elements are read one by one,
-// and those from `cols` on are 0.
+// The octet at x, which is aligned to 16 bytes.
 template <typename T>
-TEMPER_DEVICE Octet<T> load_octet(const T* row, uint32_t column, uint32_t cols, bool whole) {
-  Octet<T> x;
-  if (whole) {
-    const Vector4* from = reinterpret_cast<const Vector4*>(row + column);
+TEMPER_DEVICE Octet<T> load_octet(const T* x) {
+  Octet<T> octet;
 #pragma unroll
-    for (int v = 0; v < Octet<T>::kVectors; ++v) x.vector[v] = from[v];
-    return x;
-  }
+  for (int v = 0; v < Octet<T>::kVectors; ++v) octet.vector[v] = reinterpret_cast<const Vector4*>(x)[v];
+  return octet;
+}
+
+// From row[column] on, one by one; elements from `cols` on are 0.
+template <typename T>
+TEMPER_DEVICE Octet<T> load_ragged(const T* row, uint32_t column, uint32_t cols) {
+  Octet<T> x;
   constexpr int kPerWord = 4 / sizeof(T);
 #pragma unroll
   for (int w = 0; w < 8 / kPerWord; ++w) {
@@ -147,14 +149,16 @@ TEMPER_DEVICE Octet<T> narrowed_octet(const T* dtype, const float y[8]) {
   return out;
 }
 
+// As load_octet.
 template <typename T>
-TEMPER_DEVICE void store_octet(T* row, uint32_t column, uint32_t cols, bool whole, const Octet<T>& y) {
-  if (whole) {
-    Vector4* to = reinterpret_cast<Vector4*>(row + column);
+TEMPER_DEVICE void store_octet(T* y, const Octet<T>& octet) {
 #pragma unroll
-    for (int v = 0; v < Octet<T>::kVectors; ++v) to[v] = y.vector[v];
-    return;
-  }
+  for (int v = 0; v < Octet<T>::kVectors; ++v) reinterpret_cast<Vector4*>(y)[v] = octet.vector[v];
+}
+
+// As load_ragged.
+template <typename T>
+TEMPER_DEVICE void store_ragged(T* row, uint32_t column, uint32_t cols, const Octet<T>& y) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (column + i < cols) {

@@ -6,11 +6,22 @@
 // The values are the wire between src/ops/cuda/matmul_error.rs and the kernels.
 enum ErrorLaw : uint32_t { kRelativeGaussian = 0, kAbsoluteGaussian = 1, kSystematicBias = 2 };
 
-TEMPER_DEVICE float apply_error_law(uint32_t law, float y, float s, float z) {
-  if (law == kSystematicBias) {
-    const float sign = y == 0.0f ? y : float_of((bits_of(y) & 0x80000000u) | 0x3f800000u);
-    return y + s * sign;
+// z becomes y' of 16 elements.
+TEMPER_DEVICE void apply_error_law(uint32_t law, float s, const float y[16], float z[16]) {
+  if (law == kRelativeGaussian) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) z[j] = fmaf(magnitude(y[j]), s * z[j], y[j]);
+  } else if (law == kAbsoluteGaussian) {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float noise = s * z[j];
+      z[j] = y[j] + noise;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const float sign = y[j] == 0.0f ? y[j] : with_sign_of(1.0f, y[j]);
+      z[j] = y[j] + s * sign;
+    }
   }
-  const float noise = s * z;
-  return law == kRelativeGaussian ? fmaf(magnitude(y), noise, y) : y + noise;
 }

@@ -10,91 +10,9 @@
 #pragma once
 
 #include "block_scale.cuh"
-#include "dtype.cuh"
+#include "error_sums.cuh"
+#include "octets.cuh"
 #include "philox.cuh"
-#include "reduce.cuh"
-
-// The layout of these structs is the wire between src/ops/cuda/fake_quant.rs and the kernels.
-struct FakeQuantTensor {
-  const void* x;         // [rows, cols]
-  void* y;               // [rows, cols] in the dtype of x, or null
-  uint8_t* codes;        // [rows, ceil(cols / 2)] low nibble first; fp8, mxfp8: [rows, cols]; or null
-  void* scales;          // [rows, blocks of a row] u8; fp8: [rows] f32; or null
-  float* amax;           // nvfp4: [1], or [rows] with kAmaxPerRow; fp8:tensor: [1]; null where the format needs none
-  void* of_rows;         // stochastic rounding: [rows] u64 keys, or null; fp8: [rows] f32, each row's amax
-  uint64_t first_key;    // the key of row r is first_key + r where of_rows is null
-  uint32_t rows, cols;
-  uint32_t first_tile;   // of the tensor, among the blocks of the grid
-  uint32_t stream;       // of stochastic rounding
-  Divider by_row;        // divides by the octets of a row
-  uint32_t flags, unused;
-};
-
-enum FakeQuantFlags : uint32_t {
-  kWhole = 1,        // every row of every matrix is aligned to 16 bytes and ends with an octet
-  kAmaxPerRow = 2,
-};
-
-struct FakeQuantBatch {
-  uint32_t count, rule, rounding, unused;
-  uint64_t seed;
-  unsigned long long* nonfinite_blocks;  // [count], added to
-  double* sums;                          // [count, kErrorSums], added to; read by the kernels *_errors alone
-  FakeQuantTensor tensors[46];
-};
-static_assert(sizeof(FakeQuantBatch) <= 4096, "kernel arguments");
-
-// Octets of a tile of the kernels that go by rows: each thread takes four.
-constexpr uint32_t kTileOctets = 4 * kBlockThreads;
-
-// The sums behind numerics::tensor_error, in f64; elements where x or y is not finite enter kNonfinite alone.
-enum ErrorSum {
-  kSquareX, kSquareY, kProduct, kSquareError, kRelative, kElements, kNonzero, kDeadzone, kSaturated, kNonfinite,
-  kMaxError,  // a maximum, kept as the bits of a double
-  kErrorSums
-};
-
-struct ErrorSums {
-  double square_x, square_y, product, square_error, relative, max_error;
-  uint32_t elements, nonzero, deadzone, saturated, nonfinite;
-
-  __device__ void add(float x_, float y_, bool is_saturated) {
-    saturated += is_saturated;
-    if ((bits_of(x_) & kInfinityBits) == kInfinityBits || (bits_of(y_) & kInfinityBits) == kInfinityBits) {
-      ++nonfinite;
-      return;
-    }
-    const double x = x_, y = y_, error = fabs(y - x);
-    square_x += x * x;
-    square_y += y * y;
-    product += x * y;
-    square_error += error * error;
-    relative += double(float(error) / (fabsf(x_) + 1e-10f));  // a term to the places of an f32
-    ++elements;
-    nonzero += x_ != 0.0f;
-    deadzone += x_ != 0.0f && y_ == 0.0f;
-    max_error = error > max_error ? error : max_error;
-  }
-
-  // Every thread must call; scratch [kWarps] is shared memory.
-  __device__ void finish(double* scratch, double* sums) const {
-    add_block(square_x, scratch, &sums[kSquareX]);
-    add_block(square_y, scratch, &sums[kSquareY]);
-    add_block(product, scratch, &sums[kProduct]);
-    add_block(square_error, scratch, &sums[kSquareError]);
-    add_block(relative, scratch, &sums[kRelative]);
-    add_block(elements, scratch, &sums[kElements]);
-    add_block(nonzero, scratch, &sums[kNonzero]);
-    add_block(deadzone, scratch, &sums[kDeadzone]);
-    add_block(saturated, scratch, &sums[kSaturated]);
-    add_block(nonfinite, scratch, &sums[kNonfinite]);
-    if (max_error > 0.0) {
-      unsigned long long bits;  // of magnitudes: ordered as they are
-      memcpy(&bits, &max_error, 8);
-      atomicMax(reinterpret_cast<unsigned long long*>(&sums[kMaxError]), bits);
-    }
-  }
-};
 
 // u of the eight elements from `column` (a multiple of 8) on, in [0, 1): kinds U16 and U8 of numerics.md section 4a.
 TEMPER_DEVICE void uniforms_of_octet(uint32_t rounding, uint64_t seed, uint32_t stream, uint64_t key, uint32_t column,
@@ -122,13 +40,12 @@ TEMPER_DEVICE float scaled_by(const BlockScale& scale, float x) {
 // The squared error of a block of 16 under a scale, to nearest; two lanes have an octet each. Differences in f32, squares
 // in f64, summed in halves (i with i + 8, then 4, 2, 1), as the definition does; both lanes get the sum.
 template <class Format>
-TEMPER_DEVICE double squared_error(const Octet<float>& x, const BlockScale& scale) {
+TEMPER_DEVICE double squared_error(const float x[8], const BlockScale& scale) {
   double square[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const float value = element(x, i);
-    const float a = fminf(magnitude(scaled_by<Format>(scale, value)), Format::Grid::kMax);
-    const double error = with_sign_of(round_nearest_even<typename Format::Grid>(a), value) * scale.decode - value;
+    const float a = fminf(magnitude(scaled_by<Format>(scale, x[i])), Format::Grid::kMax);
+    const double error = with_sign_of(round_nearest_even<typename Format::Grid>(a), x[i]) * scale.decode - x[i];
     square[i] = error * error;
   }
 #pragma unroll
@@ -141,15 +58,11 @@ TEMPER_DEVICE double squared_error(const Octet<float>& x, const BlockScale& scal
   return square[0];
 }
 
-// Where an octet lies.
-struct Place {
-  uint32_t row, column;
-  bool inside;
-};
-
-// What a thread carries from octet to octet of one tensor. kBlockRows: rows that share a block scale.
-template <typename T, class Format, bool kErrors, uint32_t kBlockRows>
+// What a thread carries from octet to octet of one tensor. kBlockRows: rows that share a block scale; kIsWhole: every
+// octet lies inside, whole, and octets are consecutive in memory.
+template <typename T, class Format, bool kErrors, uint32_t kBlockRows, bool kIsWhole>
 struct Quantizer {
+  using Grid = typename Format::Grid;
   const FakeQuantBatch& batch;
   const FakeQuantTensor& t;
   uint32_t nonfinite;
@@ -158,16 +71,11 @@ struct Quantizer {
   __device__ Quantizer(const FakeQuantBatch& batch_, uint32_t tensor)
       : batch(batch_), t(batch_.tensors[tensor]), nonfinite(0), errors{} {}
 
-  __device__ Octet<T> load(const Place& place) const {
-    if (!place.inside) return zero_octet<T>();
-    return load_octet(static_cast<const T*>(t.x) + uint64_t(place.row) * t.cols, place.column, t.cols, t.flags & kWhole);
-  }
-
   // What scale() wants of the tensor: G in nvfp4.
   __device__ float tensor_scale(const Place& place) const {
     if (t.amax == nullptr) return 1.0f;
-    const bool per_row = t.flags & kAmaxPerRow;
-    return Format::tensor_scale(batch.rounding, t.amax[per_row && place.inside ? place.row : 0]);
+    const bool per_row = t.flags & kAmaxPerRow && place.inside;
+    return Format::tensor_scale(batch.rounding, t.amax[per_row ? t.row(place.at) : 0]);
   }
 
   // Quantizes an octet of a block of amax b (bits), and writes what is asked for. All lanes of a warp must call.
@@ -175,37 +83,30 @@ struct Quantizer {
     const bool is_nonfinite = b >= kInfinityBits;
     const float amax = is_nonfinite ? 0.0f : float_of(b);
     // The two-level formats know no rule, the others no rounding.
-    constexpr bool kByRounding = Format::kBlock == 16;
-    BlockScale scale = Format::scale(kByRounding ? batch.rounding : batch.rule, amax, tensor);
+    BlockScale scale = Format::scale(Format::kBlock == 16 ? batch.rounding : batch.rule, amax, tensor);
     if constexpr (Format::kTwoCandidates) {
-      Octet<float> wide;
+      float wide[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) wide.vector[i / 4].w[i % 4] = bits_of(is_nonfinite ? 0.0f : element(x, i));
+      for (int i = 0; i < 8; ++i) wide[i] = is_nonfinite ? 0.0f : element(x, i);
       const BlockScale other = Format::other_scale(amax, tensor);
       if (squared_error<Format>(wide, other) < squared_error<Format>(wide, scale)) scale = other;
     }
-    if (!place.inside) return;  // nothing below concerns other lanes
+    if (!kIsWhole && !place.inside) return;  // nothing below concerns other lanes
+    if (is_nonfinite) scale.decode = not_a_number();
     float value[8], y[8];  // magnitudes of the grid; signed
     uint32_t saturated = 0;
     round_octet(x, place, scale, value, saturated);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      y[i] = is_nonfinite ? not_a_number() : with_sign_of(value[i] * scale.decode, element(x, i));
-    }
+    for (int i = 0; i < 8; ++i) y[i] = with_sign_of(value[i] * scale.decode, element(x, i));
     const Octet<T> out = narrowed_octet(static_cast<const T*>(nullptr), y);
-    if (t.y != nullptr) {
-      store_octet(static_cast<T*>(t.y) + uint64_t(place.row) * t.cols, place.column, t.cols, t.flags & kWhole, out);
-    }
+    if (t.y != nullptr) store_at<T, kIsWhole>(t, static_cast<T*>(t.y), place, out);
     if (t.codes != nullptr) store_codes(x, place, is_nonfinite, value);
-    const uint32_t into_block = Format::kBlock == 0 ? place.column : place.column % (Format::kBlock ? Format::kBlock : 1);
-    if (into_block == 0) {
-      nonfinite += is_nonfinite && place.row % kBlockRows == 0;
-      if (t.scales != nullptr) store_scale(place, is_nonfinite, scale);
-    }
+    if (is_nonfinite || t.scales != nullptr) finish_block(place, is_nonfinite, scale);
     if constexpr (kErrors) {
+      const uint32_t columns = kIsWhole ? 8 : t.cols - t.column(place.at);
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (place.column + i < t.cols) errors.add(element(x, i), element(out, i), !is_nonfinite && saturated >> i & 1);
+      for (uint32_t i = 0; i < 8; ++i) {
+        if (i < columns) errors.add(element(x, i), element(out, i), !is_nonfinite && saturated >> i & 1);
       }
     }
   }
@@ -224,23 +125,23 @@ struct Quantizer {
   // Magnitudes to the grid; bit i of `saturated`: element i was scaled beyond it.
   __device__ void round_octet(const Octet<T>& x, const Place& place, const BlockScale& scale, float value[8],
                               uint32_t& saturated) const {
-    using Grid = typename Format::Grid;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const float a = magnitude(scaled_by<Format>(scale, element(x, i)));
       if (kErrors) saturated |= uint32_t(a > Grid::kMax) << i;
       value[i] = fminf(a, Grid::kMax);
     }
-    if (is_stochastic(batch.rounding)) {
-      const uint64_t* keys = static_cast<const uint64_t*>(t.of_rows);
-      const uint64_t key = keys == nullptr ? t.first_key + place.row : keys[place.row];
-      float u[8];
-      uniforms_of_octet(batch.rounding, batch.seed, t.stream, key, place.column, u);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) value[i] = round_stochastic<Grid>(value[i], u[i]);
-    } else if (batch.rounding == kNearestEven) {
+    if (batch.rounding == kNearestEven) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) value[i] = round_nearest_even<Grid>(value[i]);
+    } else if (is_stochastic(batch.rounding)) {
+      const uint32_t row = t.row(place.at);
+      const uint64_t* keys = static_cast<const uint64_t*>(t.of_rows);
+      const uint64_t key = keys == nullptr ? t.first_key + row : keys[row];
+      float u[8];
+      uniforms_of_octet(batch.rounding, batch.seed, t.stream, key, t.column(place.at), u);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) value[i] = round_stochastic<Grid>(value[i], u[i]);
     } else if (batch.rounding == kHalfAway) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) value[i] = round_half_away<Grid>(value[i]);
@@ -252,12 +153,13 @@ struct Quantizer {
 
   // A nibble (E2M1) or a byte (E4M3) each; that of NaN is the largest magnitude.
   __device__ void store_codes(const Octet<T>& x, const Place& place, bool is_nonfinite, const float value[8]) const {
-    constexpr bool kNibbles = Format::Grid::kMantissaBits == 1;
-    constexpr uint32_t kBytes = kNibbles ? 4 : 8;
+    constexpr bool kNibbles = Grid::kMantissaBits == 1;
+    constexpr uint32_t kBytes = kNibbles ? 4 : 8;  // of an octet
+    const uint32_t column = kIsWhole ? 0 : t.column(place.at);
     Words2 packed = {{0, 0}};
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (place.column + i >= t.cols) continue;
+    for (uint32_t i = 0; i < 8; ++i) {
+      if (!kIsWhole && column + i >= t.cols) continue;
       const uint32_t sign = bits_of(element(x, i)) >> 31;
       if constexpr (kNibbles) {
         packed.w[0] |= (is_nonfinite ? 7 : sign << 3 | e2m1_index(value[i])) << (4 * i);
@@ -265,9 +167,8 @@ struct Quantizer {
         packed.w[i / 4] |= (is_nonfinite ? kE4m3Nan : sign << 7 | e4m3_index(value[i])) << (8 * (i % 4));
       }
     }
-    const uint32_t row_bytes = kNibbles ? (t.cols + 1) / 2 : t.cols, first = kNibbles ? place.column / 2 : place.column;
-    uint8_t* to = t.codes + uint64_t(place.row) * row_bytes + first;
-    if (t.flags & kWhole) {
+    if constexpr (kIsWhole) {
+      uint8_t* to = t.codes + uint64_t(place.at) * kBytes;
       if constexpr (kNibbles) {
         *reinterpret_cast<uint32_t*>(to) = packed.w[0];
       } else {
@@ -275,119 +176,105 @@ struct Quantizer {
       }
       return;
     }
+    const uint32_t row_bytes = kNibbles ? (t.cols + 1) / 2 : t.cols, first = kNibbles ? column / 2 : column;
+    uint8_t* to = t.codes + uint64_t(t.row(place.at)) * row_bytes + first;
 #pragma unroll
     for (uint32_t b = 0; b < kBytes; ++b) {
       if (first + b < row_bytes) to[b] = uint8_t(packed.w[b / 4] >> (8 * (b % 4)));
     }
   }
 
-  __device__ void store_scale(const Place& place, bool is_nonfinite, const BlockScale& scale) const {
+  // By the lane of the block's first octet: its scale, and whether it is finite.
+  __device__ void finish_block(const Place& place, bool is_nonfinite, const BlockScale& scale) {
     if constexpr (Format::kBlock == 0) {
-      static_cast<float*>(t.scales)[place.row] = is_nonfinite ? not_a_number() : scale.decode;
+      if (t.column(place.at) != 0) return;
+      nonfinite += is_nonfinite;
+      if (t.scales == nullptr) return;
+      static_cast<float*>(t.scales)[t.row(place.at)] = scale.decode;
     } else {
-      const uint32_t blocks = (t.cols + Format::kBlock - 1) / Format::kBlock;
-      static_cast<uint8_t*>(t.scales)[uint64_t(place.row) * blocks + place.column / Format::kBlock] =
+      constexpr uint32_t kOctets = Format::kBlock / 8;
+      if (place.at % kOctets != 0) return;
+      if (is_nonfinite) nonfinite += t.row(place.at) % kBlockRows == 0;
+      if (t.scales == nullptr) return;
+      static_cast<uint8_t*>(t.scales)[place.at / kOctets] =
           uint8_t(is_nonfinite ? Format::kNonfiniteByte : scale.byte);
     }
   }
 };
 
-// Octet number `at` of a tensor, row by row; rows are filled up to whole blocks, so that a block's lanes share a row.
-template <class Format>
-TEMPER_DEVICE Place place_of(const FakeQuantTensor& t, uint32_t at) {
-  constexpr uint32_t kOctets = Format::kBlock == 0 ? 1 : Format::kBlock / 8;  // of a block
-  const uint32_t of_row = (t.cols + 8 * kOctets - 1) / (8 * kOctets) * kOctets;
-  const uint32_t row = t.by_row.divide(at), column = (at - row * of_row) * 8;
-  return Place{row, column, row < t.rows && column < t.cols};
-}
-
-// A block of threads takes a tile of kTileOctets octets. The next octet is on its way while one is worked on.
-template <typename T, class Format, bool kErrors>
-TEMPER_DEVICE void fake_quant_rows(const FakeQuantBatch& batch, double* scratch) {
-  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
-  Quantizer<T, Format, kErrors, 1> quantizer(batch, tensor);
+template <typename T, class Format, bool kErrors, bool kIsWhole>
+TEMPER_DEVICE void fake_quant_tile(const FakeQuantBatch& batch, uint32_t tensor, const Tile& tile, double* scratch) {
+  Quantizer<T, Format, kErrors, 1, kIsWhole> quantizer(batch, tensor);
   const FakeQuantTensor& t = quantizer.t;
-  uint32_t at = (blockIdx.x - t.first_tile) * kTileOctets + threadIdx.x;
-  Place place = place_of<Format>(t, at);
-  Octet<T> next = quantizer.load(place);
-  float g = quantizer.tensor_scale(place);
+  float g = quantizer.tensor_scale(Place{0, false});
 #pragma unroll 1
-  for (uint32_t i = 0; i < kTileOctets; i += kBlockThreads) {
-    const Octet<T> x = next;
-    const Place here = place;
-    at += kBlockThreads;
-    place = place_of<Format>(t, at);
-    if (i + kBlockThreads < kTileOctets) next = quantizer.load(place);
+  for (uint32_t number = 0; number < kTileOctets / kBlockThreads; ++number) {
+    const Place place = tile.place<kIsWhole>(t, number);
+    const Octet<T> x = load_at<T, kIsWhole>(t, place);
     uint32_t b;
     if constexpr (Format::kBlock == 0) {
       // Row and tensor amaxes are there; a row with NaN or infinity shows it in its own.
-      const float of_row = here.inside ? static_cast<const float*>(t.of_rows)[here.row] : 0.0f;
+      const float of_row = place.inside ? static_cast<const float*>(t.of_rows)[t.row(place.at)] : 0.0f;
       b = bits_of(t.amax != nullptr && bits_of(of_row) < kInfinityBits ? t.amax[0] : of_row);
     } else {
       b = group_max(octet_amax(x), 1, Format::kBlock / 8);
-      if (t.flags & kAmaxPerRow) g = quantizer.tensor_scale(here);
+      if (t.flags & kAmaxPerRow) g = quantizer.tensor_scale(place);
     }
-    quantizer.quantize(x, here, b, g);
+    quantizer.quantize(x, place, b, g);
   }
   quantizer.finish(scratch);
 }
 
-// Option 2d: one scale per square tile of kBlock rows and columns. A block of threads takes kBlock rows and
-// 8 * (kBlockThreads / kBlock) columns, a thread one octet; a tile's lanes are spread over all warps.
-template <class Format>
-struct SquareTiles {
-  static constexpr uint32_t kAcross = kBlockThreads / Format::kBlock;    // octets of a row
-  static constexpr uint32_t kTileLanes = Format::kBlock / 8;            // octets of a tile's row
-  static constexpr uint32_t kTiles = kAcross / kTileLanes;              // side by side
-  static constexpr uint32_t kScratch = kWarps * kTiles;
-
-  TEMPER_DEVICE Place place(const FakeQuantTensor& t) {
-    const uint32_t across = (t.cols + 8 * kAcross - 1) / (8 * kAcross), tile = blockIdx.x - t.first_tile;
-    const uint32_t row = tile / across * Format::kBlock + threadIdx.x / kAcross;
-    const uint32_t column = (tile % across * kAcross + threadIdx.x % kAcross) * 8;
-    return Place{row, column, row < t.rows && column < t.cols};
+// A block of threads takes a tile. Enough blocks live on a multiprocessor that one's loads hide behind others' arithmetic.
+template <typename T, class Format, bool kErrors>
+TEMPER_DEVICE void fake_quant_rows(const FakeQuantBatch& batch, double* scratch) {
+  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
+  const Tile tile(batch.tensors[tensor]);
+  if (tile.is_whole) {
+    fake_quant_tile<T, Format, kErrors, true>(batch, tensor, tile, scratch);
+  } else {
+    fake_quant_tile<T, Format, kErrors, false>(batch, tensor, tile, scratch);
   }
+}
 
-  // The amax of a thread's tile. scratch [kScratch] is shared memory; every thread must call, once.
-  TEMPER_DEVICE uint32_t amax(uint32_t of_octet, uint32_t* scratch) {
-    const uint32_t warp = threadIdx.x / kWarpSize, tile = threadIdx.x % kAcross / kTileLanes;
-    uint32_t b = group_max(of_octet, 1, kTileLanes);  // of a row of the tile
-    b = group_max(b, kAcross, kWarpSize);             // of its rows in this warp
-    if (threadIdx.x % kWarpSize < kAcross) scratch[warp * kTiles + tile] = b;
-    __syncthreads();
-#pragma unroll
-    for (uint32_t w = 0; w < kWarps; ++w) b = scratch[w * kTiles + tile] > b ? scratch[w * kTiles + tile] : b;
-    return b;
-  }
-};
+template <typename T, class Format, bool kErrors, bool kIsWhole>
+TEMPER_DEVICE void fake_quant_square(const FakeQuantBatch& batch, uint32_t tensor, const Place& place,
+                                     uint32_t* amaxes, double* scratch) {
+  Quantizer<T, Format, kErrors, Format::kBlock, kIsWhole> quantizer(batch, tensor);
+  const Octet<T> x = load_at<T, kIsWhole>(quantizer.t, place);
+  const uint32_t b = SquareTiles<Format::kBlock>::amax(octet_amax(x), amaxes);
+  quantizer.quantize(x, place, b, quantizer.tensor_scale(place));
+  quantizer.finish(scratch);
+}
 
 template <typename T, class Format, bool kErrors>
-TEMPER_DEVICE void fake_quant_tiles(const FakeQuantBatch& batch, uint32_t* amaxes, double* scratch) {
-  using Tiles = SquareTiles<Format>;
+TEMPER_DEVICE void fake_quant_squares(const FakeQuantBatch& batch, uint32_t* amaxes, double* scratch) {
   const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
-  Quantizer<T, Format, kErrors, Format::kBlock> quantizer(batch, tensor);
-  const Place place = Tiles::place(quantizer.t);
-  const Octet<T> x = quantizer.load(place);
-  quantizer.quantize(x, place, Tiles::amax(octet_amax(x), amaxes), quantizer.tensor_scale(place));
-  quantizer.finish(scratch);
+  const FakeQuantTensor& t = batch.tensors[tensor];
+  const SquareTiles<Format::kBlock> tile(t);
+  if (tile.is_whole) {
+    fake_quant_square<T, Format, kErrors, true>(batch, tensor, tile.place, amaxes, scratch);
+  } else {
+    fake_quant_square<T, Format, kErrors, false>(batch, tensor, tile.place, amaxes, scratch);
+  }
 }
 
-#define TEMPER_FAKE_QUANT_ROWS(name, Format, T)                                            \
-  TEMPER_KERNEL(name, FakeQuantBatch, Format::kResident) {                                  \
-    fake_quant_rows<T, Format, false>(args, nullptr);                                       \
-  }                                                                                         \
-  TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {                                         \
-    __shared__ double scratch[kWarps];                                                      \
-    fake_quant_rows<T, Format, true>(args, scratch);                                        \
+#define TEMPER_FAKE_QUANT_ROWS(name, Format, T)            \
+  TEMPER_KERNEL(name, FakeQuantBatch, Format::kResident) {  \
+    fake_quant_rows<T, Format, false>(args, nullptr);       \
+  }                                                         \
+  TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {         \
+    __shared__ double scratch[kWarps];                      \
+    fake_quant_rows<T, Format, true>(args, scratch);        \
   }
 
-#define TEMPER_FAKE_QUANT_TILES(name, Format, T)                                            \
-  TEMPER_KERNEL(name, FakeQuantBatch, Format::kResident) {                                  \
-    __shared__ uint32_t amaxes[SquareTiles<Format>::kScratch];                              \
-    fake_quant_tiles<T, Format, false>(args, amaxes, nullptr);                              \
-  }                                                                                         \
-  TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {                                         \
-    __shared__ uint32_t amaxes[SquareTiles<Format>::kScratch];                              \
-    __shared__ double scratch[kWarps];                                                      \
-    fake_quant_tiles<T, Format, true>(args, amaxes, scratch);                               \
+#define TEMPER_FAKE_QUANT_TILES(name, Format, T)                      \
+  TEMPER_KERNEL(name, FakeQuantBatch, Format::kResident) {            \
+    __shared__ uint32_t amaxes[SquareTiles<Format::kBlock>::kScratch]; \
+    fake_quant_squares<T, Format, false>(args, amaxes, nullptr);         \
+  }                                                                    \
+  TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {                    \
+    __shared__ uint32_t amaxes[SquareTiles<Format::kBlock>::kScratch]; \
+    __shared__ double scratch[kWarps];                                 \
+    fake_quant_squares<T, Format, true>(args, amaxes, scratch);          \
   }

@@ -54,7 +54,7 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;
 constexpr uint32_t kSignBit = 0x80000000u;
 constexpr float kFloatMax = 3.40282346638528859811704183484516925440e+38f;
 
-TEMPER_DEVICE float magnitude(float x) { return float_of(bits_of(x) & ~kSignBit); }
+TEMPER_DEVICE float magnitude(float x) { return fabsf(x); }
 TEMPER_DEVICE float with_sign_of(float magnitude, float x) {
   return float_of(bits_of(magnitude) | (bits_of(x) & kSignBit));
 }

@@ -85,7 +85,7 @@ fn no_kernel_spills_and_registers_stay_in_budget() {
 fn most_registers(kernel: &str) -> u32 {
     match kernel {
         _ if kernel.ends_with("_errors") || kernel.contains("4over6") => 65536 / 256 / 2,
-        _ if kernel.starts_with("noise") => 65536 / 256 / 3,
+        _ if kernel.starts_with("noise") => 65536 / 256 / 2,
         _ => 65536 / 256 / 4,
     }
 }

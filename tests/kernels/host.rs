@@ -8,12 +8,12 @@ use temper::{Error, Result};
 
 use crate::ffi::*;
 
-/// Runs launches on CPU tensors under the shim, with its threads in an order: 0 ascending, 1 descending, else a
-/// permutation drawn anew after every barrier.
+/// Runs launches on CPU tensors under the shim, with its threads in an order: 0 ascending, 1 warp after warp, the last first,
+/// else a permutation drawn anew after every barrier.
 #[derive(Clone, Copy, Debug)]
 pub struct Shim(pub u32);
 
-/// Ascending, descending and shuffled threads.
+/// Threads ascending, warp after warp, and shuffled.
 pub const ORDERS: [Shim; 3] = [Shim(0), Shim(1), Shim(77)];
 
 impl Executor for Shim {

@@ -9,6 +9,7 @@ mod fake_quant;
 mod ffi;
 mod generator;
 mod host;
+mod mutation;
 mod noise;
 mod preconditions;
 mod shim;

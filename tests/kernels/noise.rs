@@ -79,9 +79,9 @@ fn sums(matrices: usize) -> Tensor {
 
 fn assert_sums(found: &[f64], expected: [f64; 5], what: &str) {
     assert_eq!(found[4], expected[4], "{what}: elements");
-    // The errors cancel in their own sum.
+    // Errors are differences in f32, and cancel in their own sum.
     let slack =
-        [1e-12 * (expected[1] * expected[4]).sqrt(), 1e-12 * expected[1], 1e-12 * expected[2], 1e-12 * expected[3]];
+        [1e-7 * (expected[1] * expected[4]).sqrt(), 1e-7 * expected[1], 1e-12 * expected[2], 1e-12 * expected[3]];
     for i in 0..4 {
         let same = found[i] == expected[i] || found[i].is_nan() && expected[i].is_nan();
         assert!(same || (found[i] - expected[i]).abs() <= slack[i], "{what}: sum {i}: {} {}", found[i], expected[i]);
@@ -160,7 +160,7 @@ fn aqn_on_many_norms_is_each_alone() {
             assert_bits(&floats(&out[i]), &expected, &format!("weight {i} {kind:?}"));
             let added: f64 = expected.iter().zip(floats(w)).map(|(n, w)| (f64::from(*n) - f64::from(w)).powi(2)).sum();
             let found = sums.double_value(&[i as i64, 1]);
-            assert!((found - added).abs() <= 1e-12 * added, "weight {i} {kind:?}: {found} {added}");
+            assert!((found - added).abs() <= 1e-7 * added, "weight {i} {kind:?}: {found} {added}");
         }
     }
 }

@@ -204,7 +204,7 @@ impl Buffers {
         let pointer = |tensor: &Option<Tensor>| tensor.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
         let (y, codes) = (pointer(&self.made.dequantized), pointer(&self.made.codes));
         let aligned = |pointer: *const c_void| (pointer as usize).is_multiple_of(16);
-        let whole = cols % 8 == 0 && aligned(x) && aligned(y) && aligned(codes);
+        let whole = octets_of_row * 8 == cols && aligned(x) && aligned(y) && aligned(codes);
         let per_row = matrix.scale == MatrixScale::Own(TensorScale::Row);
         Ok(KernelTensor {
             x,
@@ -215,6 +215,7 @@ impl Buffers {
             of_rows: pointer(&self.of_rows),
             rows: rows as u32,
             cols: cols as u32,
+            octets_of_row: octets_of_row as u32,
             by_row: Divider::new(octets_of_row as u32),
             flags: if whole { kernel::WHOLE } else { 0 } | if per_row { kernel::AMAX_PER_ROW } else { 0 },
             ..KernelTensor::default()

@@ -133,10 +133,8 @@ impl Noisy<'_> {
         };
         let calls = (cols as usize).div_ceil(COLUMN_BLOCK) * 4;
         let tiles = tiles("noise: y", rows as usize, calls, TILE_CALLS)?;
-        let multiple = |of: i64, pointer: *mut c_void, kind: Kind| {
-            cols % of == 0 && (pointer as usize).is_multiple_of(of as usize * kind.elt_size_in_bytes())
-        };
-        let pairs = multiple(2, y, from) && multiple(2, out, to);
+        let aligned = |pointer: *mut c_void| (pointer as usize).is_multiple_of(8);
+        let whole = (cols as usize).is_multiple_of(COLUMN_BLOCK) && aligned(y) && aligned(out) && aligned(bias);
         let flag = |on: bool, bit: u32| if on { bit } else { 0 };
         let tensor = KernelTensor {
             y,
@@ -149,7 +147,7 @@ impl Noisy<'_> {
             stream: self.stream,
             by_row: Divider::new(calls as u32),
             scale: self.scale,
-            flags: keys_flag | flag(pairs, PAIRS) | flag(multiple(4, out, to), QUADS) | flag(accumulates, ACCUMULATE),
+            flags: keys_flag | flag(whole, WHOLE_BLOCKS) | flag(accumulates, ACCUMULATE),
         };
         Ok((tensor, tiles))
     }
@@ -192,9 +190,8 @@ impl Default for KernelTensor {
 
 /// `NoiseFlags`.
 const KEY_ARRAY: u32 = 1;
-const PAIRS: u32 = 2;
-const QUADS: u32 = 4;
-const ACCUMULATE: u32 = 8;
+const WHOLE_BLOCKS: u32 = 2;
+const ACCUMULATE: u32 = 4;
 
 /// `NoiseBatch`.
 #[repr(C)]

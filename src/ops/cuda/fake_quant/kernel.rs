@@ -10,7 +10,7 @@ use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cuda::batch::Divider;
 use crate::ops::cuda::launch::{BLOCK_THREADS, Executor, Launch};
 
-/// `FakeQuantTensor` of kernels/include/fake_quant.cuh.
+/// `FakeQuantTensor` of kernels/include/octets.cuh.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct KernelTensor {
@@ -25,9 +25,9 @@ pub struct KernelTensor {
     pub cols: u32,
     pub first_tile: u32,
     pub stream: u32,
-    pub by_row: Divider,
+    pub octets_of_row: u32,
     pub flags: u32,
-    pub unused: u32,
+    pub by_row: Divider, // by octets_of_row
 }
 
 impl Default for KernelTensor {
@@ -45,9 +45,9 @@ impl Default for KernelTensor {
             cols: 0,
             first_tile: 0,
             stream: 0,
-            by_row: Divider::default(),
+            octets_of_row: 0,
             flags: 0,
-            unused: 0,
+            by_row: Divider::default(),
         }
     }
 }
@@ -206,13 +206,12 @@ impl Call<'_> {
 
     /// Blocks of threads that a tensor takes.
     fn tiles(&self, tensor: &KernelTensor) -> u32 {
-        let (rows, cols) = (tensor.rows, tensor.cols);
         if !self.format.two_d {
             // Below 2^31: `batch::tiles` has seen it.
-            return (rows * octets_of_row(self.format, cols as usize) as u32).div_ceil(TILE_OCTETS);
+            return (tensor.rows * tensor.octets_of_row).div_ceil(TILE_OCTETS);
         }
         let size = self.format.block_rows() as u32;
-        rows.div_ceil(size) * cols.div_ceil(8 * BLOCK_THREADS / size)
+        tensor.rows.div_ceil(size) * tensor.octets_of_row.div_ceil(BLOCK_THREADS / size)
     }
 
     fn dtype(&self) -> &'static str {

@@ -1,0 +1,153 @@
+//! Every barrier of the kernels is needed, and the shim sees it missing: with one deleted from a copy of the sources, built
+//! in the same way, some thread order gives other results.
+
+use std::ffi::{CString, c_char, c_void};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tch::{Device, Kind, Tensor};
+use temper::numerics::block_format::TensorScale;
+use temper::numerics::error_law::ErrorLaw;
+use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
+use temper::ops::cuda::launch::{BLOCK_THREADS, Executor, Launch};
+use temper::ops::cuda::noise::{Destination, Law, Noisy, SUMS, add_noise};
+use temper::ops::matmul_error::RowKeys;
+use temper::{Error, Result};
+
+use crate::host::{ORDERS, Shim};
+use crate::support::{nasty, tensor};
+
+const BARRIER: &str = "__syncthreads();";
+
+#[test]
+fn a_deleted_barrier_is_noticed() {
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+    let barriers = barriers(&kernels);
+    assert!(barriers.len() >= 4, "{barriers:?}");
+    let expected = results(&Shim(0)).unwrap();
+    assert!(ORDERS.iter().all(|shim| results(shim).unwrap() == expected), "the thread order shows in the kernels");
+    let workers: Vec<_> = barriers
+        .into_iter()
+        .map(|(file, at)| {
+            let (kernels, expected) = (kernels.clone(), expected.clone());
+            std::thread::spawn(move || {
+                let directory = tempfile::tempdir().unwrap();
+                let library = Library::build(&kernels, directory.path(), &file, at);
+                let same =
+                    |order: u32| results(&Order { library: &library, order }).is_ok_and(|found| found == expected);
+                assert!(!ORDERS.iter().all(|shim| same(shim.0)), "{}: byte {at}: not missed", file.display());
+            })
+        })
+        .collect();
+    workers.into_iter().for_each(|worker| worker.join().unwrap());
+}
+
+/// (file, byte) of every barrier of the kernels.
+fn barriers(kernels: &Path) -> Vec<(PathBuf, usize)> {
+    let directories = [kernels.to_path_buf(), kernels.join("include")];
+    let files = directories.iter().flat_map(|directory| std::fs::read_dir(directory).unwrap().flatten());
+    let sources =
+        files.map(|file| file.path()).filter(|path| path.extension().is_some_and(|e| e == "cu" || e == "cuh"));
+    let in_file = |path: PathBuf| {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let name = path.strip_prefix(kernels).unwrap().to_path_buf();
+        text.match_indices(BARRIER).map(|(at, _)| (name.clone(), at)).collect::<Vec<_>>()
+    };
+    sources.flat_map(in_file).collect()
+}
+
+/// What kernels with shared memory make: amaxes, square tiles, sums of a block, as bytes.
+fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
+    let bytes = |t: &Tensor| {
+        let mut bytes = vec![0u8; t.numel() * t.kind().elt_size_in_bytes()];
+        t.copy_data_u8(&mut bytes, t.numel());
+        bytes
+    };
+    let x = tensor(&nasty(40, 272, 2, false), 40, 272, Kind::BFloat16);
+    let mut found = Vec::new();
+    for format in ["mxfp4:2d", "nvfp4:2d", "nvfp4", "fp8:tensor"] {
+        let matrix = Matrix { x: &x, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
+        let wanted = Wanted { dequantized: true, codes: false, error_sums: true };
+        let batch = quantize(executor, format.parse().unwrap(), &[matrix], wanted)?;
+        let made = &batch.matrices[0];
+        found.extend(made.dequantized.iter().chain(&made.amax).map(&bytes));
+        found.push(format!("{:?}", batch.error_sums()?).into_bytes());
+    }
+    let (out, sums) = (x.empty_like(), Tensor::zeros([1, SUMS], (Kind::Double, Device::Cpu)));
+    let law = Law { law: ErrorLaw::RelativeGaussian, seed: 3, sums: Some(&sums) };
+    let keys = RowKeys::consecutive(0, 40);
+    let noisy = Noisy { y: &x, into: Destination::Store(&out), bias: None, keys: &keys, scale: 0.05, stream: 1 };
+    add_noise(executor, &law, &[noisy])?;
+    found.extend([bytes(&out), bytes(&sums)]);
+    Ok(found)
+}
+
+type Run = unsafe extern "C" fn(*const c_char, u32, u32, *const c_void, usize) -> *const c_char;
+type SetOrder = unsafe extern "C" fn(u32);
+
+/// A host build of changed kernels.
+struct Library {
+    run: Run,
+    set_order: SetOrder,
+}
+
+impl Library {
+    /// Of the kernels without the barrier at byte `at` of `file`.
+    fn build(kernels: &Path, directory: &Path, file: &Path, at: usize) -> Library {
+        let copy = directory.join("kernels");
+        let status = Command::new("cp").arg("-r").arg(kernels).arg(&copy).status().unwrap();
+        assert!(status.success());
+        let mut text = std::fs::read_to_string(copy.join(file)).unwrap();
+        text.replace_range(at..at + BARRIER.len(), "");
+        std::fs::write(copy.join(file), text).unwrap();
+        let library = directory.join("mutant.so");
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".into());
+        // build.rs's flags that decide bits (kernels/compile.rs), without its optimisation.
+        let built = Command::new(compiler)
+            .args(["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-fPIC", "-shared", "-o"])
+            .arg(&library)
+            .args([copy.join("host"), copy.join("include"), copy.clone()].map(|d| format!("-I{}", d.display())))
+            .args(["entries.cpp", "shim.cpp"].map(|name| copy.join("host").join(name)))
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let path = CString::new(library.to_str().unwrap()).unwrap();
+        let symbol = |name: &str| {
+            let name = CString::new(name).unwrap();
+            // SAFETY: opens the library that was just built, whose constructors enter its kernels in its own list.
+            let symbol =
+                unsafe { libc::dlsym(libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL), name.as_ptr()) };
+            assert!(!symbol.is_null(), "{name:?}");
+            symbol
+        };
+        // SAFETY: kernels/host/entries.cpp declares them so; the library is never closed.
+        unsafe {
+            Library {
+                run: std::mem::transmute::<*mut c_void, Run>(symbol("temper_host_run")),
+                set_order: std::mem::transmute::<*mut c_void, SetOrder>(symbol("temper_host_thread_order")),
+            }
+        }
+    }
+}
+
+/// The library as an executor with a thread order.
+struct Order<'a> {
+    library: &'a Library,
+    order: u32,
+}
+
+impl Executor for Order<'_> {
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    unsafe fn run(&self, launch: &Launch) -> Result<()> {
+        let (name, (args, bytes)) = (CString::new(launch.kernel).unwrap(), launch.args());
+        // SAFETY: as in `Shim`.
+        let error = unsafe {
+            (self.library.set_order)(self.order);
+            (self.library.run)(name.as_ptr(), launch.blocks, BLOCK_THREADS, args, bytes)
+        };
+        if error.is_null() { Ok(()) } else { Err(Error::Runtime("the shim reports a barrier".into())) }
+    }
+}
