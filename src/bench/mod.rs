@@ -6,6 +6,7 @@
 
 mod fake_quant;
 mod noise;
+pub mod selftest;
 mod timing;
 mod torch_chain;
 

@@ -14,6 +14,7 @@ pub mod quantize;
 pub mod quickstart;
 mod results;
 pub mod score;
+pub mod selftest;
 pub mod train;
 
 use std::io::Write;
@@ -68,6 +69,8 @@ enum Command {
     Plan(plan::Args),
     /// Times of the operations beside baselines taken in the same run
     Bench(bench::Args),
+    /// Every kernel on this machine's GPU against the CPU, bit for bit
+    Selftest(selftest::Args),
     /// What this machine has, and what to do about what is missing
     Doctor(doctor::Args),
 }
@@ -122,6 +125,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Quantize(args) => quantize::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
+        Command::Selftest(args) => selftest::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
     }
 }

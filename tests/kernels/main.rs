@@ -12,5 +12,6 @@ mod host;
 mod mutation;
 mod noise;
 mod preconditions;
+mod selftest;
 mod shim;
 mod support;

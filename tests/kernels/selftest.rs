@@ -1,0 +1,52 @@
+//! The self-test of a GPU, on the host's build of the kernels: it passes, and it can fail.
+
+use temper::bench::selftest::{Check, Sizes, run};
+use temper::ops::cuda::launch::{Executor, Launch};
+
+use crate::host::Shim;
+
+const SIZES: Sizes = Sizes { small: &[(1, 1), (7, 70)], large: &[(9, 256)] };
+
+#[test]
+fn every_check_passes() {
+    let checks = run(&Shim(0), &SIZES, &|_| {}).unwrap();
+    let failed: Vec<&Check> = checks.iter().filter(|check| !check.passed()).collect();
+    assert!(failed.is_empty(), "{failed:?}");
+    assert!(checks.len() > 300 && checks.iter().all(|check| check.compared > 0), "{} checks", checks.len());
+    for kernel in ["fake_quant", "amax", "noise", "aqn"] {
+        assert!(checks.iter().any(|check| check.kernel == kernel), "{kernel}");
+    }
+}
+
+/// Loses the launches of some kernels, or refuses them.
+struct Faulty {
+    kernels: &'static str,
+    refuses: bool,
+}
+
+impl Executor for Faulty {
+    fn device(&self) -> tch::Device {
+        tch::Device::Cpu
+    }
+
+    unsafe fn run(&self, launch: &Launch) -> temper::Result<()> {
+        match (launch.kernel.starts_with(self.kernels), self.refuses) {
+            // SAFETY: the caller's promise.
+            (false, _) => unsafe { Shim(0).run(launch) },
+            (true, false) => Ok(()),
+            (true, true) => Err(temper::Error::OutOfMemory("refused".into())),
+        }
+    }
+}
+
+#[test]
+fn a_lost_launch_differs_and_a_refused_one_is_counted() {
+    for kernels in ["fake_quant_mxfp4_bf16", "amax_blocks", "amax_of_rows", "noise_f32_to_bf16", "noise_f16"] {
+        for refuses in [false, true] {
+            let checks = run(&Faulty { kernels, refuses }, &SIZES, &|_| {}).unwrap();
+            let differs = checks.iter().any(|check| check.differing > 0);
+            let not_run = checks.iter().any(|check| check.not_run.is_some());
+            assert_eq!((differs, not_run), (!refuses, refuses), "{kernels} refuses {refuses}");
+        }
+    }
+}
