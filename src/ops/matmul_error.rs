@@ -69,6 +69,11 @@ impl RowKeys {
         RowKeys::new(self.host()[start..start + len].to_vec())
     }
 
+    /// What `on_device` has made.
+    pub fn if_on_device(&self) -> Option<Tensor> {
+        self.device.lock().unwrap_or_else(|p| p.into_inner()).as_ref().map(Tensor::shallow_clone)
+    }
+
     /// i64 [rows] on `device` (the same bits).
     pub fn on_device(&self, device: Device) -> Result<Tensor> {
         let mut slot = self.device.lock().unwrap_or_else(|p| p.into_inner());

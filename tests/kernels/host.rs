@@ -22,7 +22,7 @@ impl Executor for Shim {
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
-        let name = CString::new(launch.kernel).unwrap();
+        let name = CString::new(launch.kernel.as_str()).unwrap();
         let (args, bytes) = launch.args();
         // SAFETY: takes a number and holds the shim's own lock.
         unsafe { temper_host_thread_order(self.0) };

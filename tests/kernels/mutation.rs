@@ -142,7 +142,7 @@ impl Executor for Order<'_> {
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
-        let (name, (args, bytes)) = (CString::new(launch.kernel).unwrap(), launch.args());
+        let (name, (args, bytes)) = (CString::new(launch.kernel.as_str()).unwrap(), launch.args());
         // SAFETY: as in `Shim`.
         let error = unsafe {
             (self.library.set_order)(self.order);

@@ -8,10 +8,10 @@ mod kernel;
 
 use std::ffi::c_void;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::batch::{Divider, tiles};
-use super::launch::{Executor, Needs};
+use super::launch::{Executor, Needs, Prepared};
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::{Family, Format};
 use crate::numerics::tensor_error::TensorErrorSums;
@@ -76,9 +76,19 @@ impl Batch {
 /// `Runtime` naming the tensor of the wrong device, dtype, shape or strides, for a stochastic format without a draw (or
 /// with other than one key per row) and for 2-D tiles with a tensor scale per row; `Unavailable` without kernels or driver.
 pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wanted: Wanted) -> Result<Batch> {
+    let (launches, batch) = prepare(executor.device(), format, matrices, wanted)?;
+    launches.run(executor)?;
+    Ok(batch)
+}
+
+/// The launches of [`quantize`], and what they fill.
+///
+/// # Errors
+/// As [`quantize`].
+pub fn prepare(device: Device, format: Format, matrices: &[Matrix], wanted: Wanted) -> Result<(Prepared, Batch)> {
     let seed = matrices.iter().find_map(|matrix| matrix.draw).map_or(0, |draw| draw.seed);
     let kind = matrices.first().map_or(Kind::Float, |matrix| matrix.x.kind());
-    let call = Call { executor, format, kind, seed };
+    let call = Call { device, format, kind, seed };
     let groups = matrices.iter().map(|m| if let MatrixScale::Group(n) = m.scale { n + 1 } else { 0 }).max();
     let group_amaxes = call.zeros(&[groups.unwrap_or(0) as i64], Kind::Float)?;
     let buffers = matrices.iter().map(|m| Buffers::new(&call, m, &group_amaxes, wanted)).collect::<Result<Vec<_>>>()?;
@@ -86,13 +96,18 @@ pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wa
     let count = matrices.len() as i64;
     let nonfinite_blocks = call.zeros(&[count], Kind::Int64)?;
     let sums = wanted.error_sums.then(|| call.zeros(&[count, ERROR_SUMS as i64], Kind::Double)).transpose()?;
-    // SAFETY: the pointers are to x, which `Needs` has checked, and to `buffers`, made for it; they live until here, and
-    // torch's allocator keeps what is dropped later until the stream has passed.
-    unsafe {
-        call.find_amaxes(&unknown_amaxes(matrices, &tensors, format))?;
-        call.quantize(&tensors, &nonfinite_blocks, sums.as_ref())?;
+    let mut launches = call.find_amaxes(&unknown_amaxes(matrices, &tensors, format));
+    launches.extend(call.quantize(&tensors, &nonfinite_blocks, sums.as_ref()));
+    let mut memory = vec![nonfinite_blocks.shallow_clone()];
+    memory.extend(sums.as_ref().map(Tensor::shallow_clone));
+    for (matrix, buffers) in matrices.iter().zip(&buffers) {
+        memory.push(matrix.x.shallow_clone());
+        memory.extend(buffers.all().map(Tensor::shallow_clone));
+        memory.extend(matrix.draw.map(|draw| draw.keys.if_on_device()).into_iter().flatten());
     }
-    Ok(Batch { matrices: buffers.into_iter().map(|b| b.made).collect(), nonfinite_blocks, sums })
+    // SAFETY: the pointers are to x and keys, which `Needs` has checked, and to what was made for them; all in `memory`.
+    let prepared = unsafe { Prepared::new(launches, device, memory) };
+    Ok((prepared, Batch { matrices: buffers.into_iter().map(|b| b.made).collect(), nonfinite_blocks, sums }))
 }
 
 /// The tensor amax A of x [rows, K], over blocks without NaN or infinity; f32 [1] on the device.
@@ -100,13 +115,26 @@ pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wa
 /// # Errors
 /// As [`quantize`], and `Runtime` for a format without a tensor scale.
 pub fn amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<Tensor> {
-    let call = Call { executor, format, kind: x.kind(), seed: 0 };
+    let (launches, amax) = prepare_amax(executor.device(), x, format)?;
+    launches.run(executor)?;
+    Ok(amax)
+}
+
+/// The launches of [`amax`], and what they fill.
+///
+/// # Errors
+/// As [`amax`].
+pub fn prepare_amax(device: Device, x: &Tensor, format: Format) -> Result<(Prepared, Tensor)> {
+    let call = Call { device, format, kind: x.kind(), seed: 0 };
     let matrix = Matrix { x, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
     let buffers = Buffers::new(&call, &matrix, &call.zeros(&[0], Kind::Float)?, Wanted::default())?;
     let tensor = buffers.describe_unkeyed(&call, &matrix)?;
-    // SAFETY: as in `quantize`.
-    unsafe { call.find_amaxes(&unknown_amaxes(&[matrix], &[tensor], format))? };
-    buffers.made.amax.ok_or_else(|| Error::Runtime(format!("fake_quant: {format} has no tensor amax")))
+    let launches = call.find_amaxes(&unknown_amaxes(&[matrix], &[tensor], format));
+    let memory = buffers.all().chain([x]).map(Tensor::shallow_clone).collect();
+    // SAFETY: as in `prepare`.
+    let prepared = unsafe { Prepared::new(launches, device, memory) };
+    let amax = buffers.made.amax;
+    Ok((prepared, amax.ok_or_else(|| Error::Runtime(format!("fake_quant: {format} has no tensor amax")))?))
 }
 
 /// Those whose amax (in fp8: their rows' amaxes) must be found first, and whether that of the tensor is wanted.
@@ -167,6 +195,11 @@ impl Buffers {
         Ok(Buffers { made, of_rows })
     }
 
+    fn all(&self) -> impl Iterator<Item = &Tensor> {
+        let FakeQuant { dequantized, codes, block_scales, amax } = &self.made;
+        [dequantized, codes, block_scales, amax, &self.of_rows].into_iter().flatten()
+    }
+
     fn describe(&self, call: &Call, matrix: &Matrix) -> Result<KernelTensor> {
         let mut tensor = self.describe_unkeyed(call, matrix)?;
         if !call.format.rounding.is_stochastic() {
@@ -183,7 +216,7 @@ impl Buffers {
         match draw.keys.first_of_consecutive() {
             Some(first) => tensor.first_key = first,
             None => {
-                let (keys, kind) = (draw.keys.on_device(call.executor.device())?, [Kind::Int64]);
+                let (keys, kind) = (draw.keys.on_device(call.device)?, [Kind::Int64]);
                 let needs =
                     Needs { name: "fake_quant: keys", kinds: &kind, shape: &keys.size(), device: keys.device() };
                 tensor.of_rows = needs.check(&keys)?;
@@ -196,8 +229,7 @@ impl Buffers {
         let kinds = [Kind::Float, Kind::BFloat16, Kind::Half];
         let kinds = if kinds.contains(&call.kind) { std::slice::from_ref(&call.kind) } else { &kinds };
         let shape = matrix.x.size();
-        let x =
-            Needs { name: "fake_quant: x", kinds, shape: &shape, device: call.executor.device() }.check(matrix.x)?;
+        let x = Needs { name: "fake_quant: x", kinds, shape: &shape, device: call.device }.check(matrix.x)?;
         let (rows, cols) = (shape[0] as usize, shape[1] as usize);
         let octets_of_row = kernel::octets_of_row(call.format, cols);
         tiles("fake_quant: x", rows, octets_of_row, TILE_OCTETS)?;

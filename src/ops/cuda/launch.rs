@@ -21,24 +21,27 @@ unsafe extern "C" {
 pub const BLOCK_THREADS: u32 = 256;
 
 /// A launch of a kernel of kernels/`file`.cu with its one argument struct.
-pub struct Launch<'a> {
+pub struct Launch {
     pub file: &'static str,
-    pub kernel: &'a str,
+    pub kernel: String,
     /// Blocks of [`BLOCK_THREADS`] threads.
     pub blocks: u32,
-    args: *const c_void,
-    args_bytes: usize,
+    args: Box<[u64]>,
 }
 
-impl<'a> Launch<'a> {
-    /// `args`: of the layout that the kernel declares.
-    pub fn new<Args>(file: &'static str, kernel: &'a str, blocks: u32, args: &'a Args) -> Launch<'a> {
-        Launch { file, kernel, blocks, args: std::ptr::from_ref(args).cast(), args_bytes: size_of::<Args>() }
+impl Launch {
+    /// `args`: of the layout that the kernel declares, in whole 64-bit words.
+    pub fn new<Args>(file: &'static str, kernel: String, blocks: u32, args: &Args) -> Launch {
+        assert!(size_of::<Args>().is_multiple_of(8) && align_of::<Args>() == 8, "arguments of whole words");
+        // SAFETY: the words of a live struct, as many as it has.
+        let words =
+            unsafe { std::slice::from_raw_parts(std::ptr::from_ref(args).cast::<u64>(), size_of::<Args>() / 8) };
+        Launch { file, kernel, blocks, args: words.into() }
     }
 
-    /// Address and size of the argument struct.
+    /// Address and size in bytes of the argument struct.
     pub fn args(&self) -> (*const c_void, usize) {
-        (self.args, self.args_bytes)
+        (self.args.as_ptr().cast(), size_of_val(&*self.args))
     }
 }
 
@@ -55,6 +58,35 @@ pub trait Executor {
     /// as the shapes in it say, and stay allocated until torch's current stream has passed this launch (torch's caching
     /// allocator guarantees it for tensors made on that stream).
     unsafe fn run(&self, launch: &Launch) -> Result<()>;
+}
+
+/// Launches with all the memory that they work on.
+pub struct Prepared {
+    launches: Vec<Launch>,
+    device: Device,
+    _memory: Vec<Tensor>,
+}
+
+impl Prepared {
+    /// # Safety
+    /// As [`Executor::run`] for `device`, where `memory` owns or shares everything that the launches point to.
+    pub unsafe fn new(launches: Vec<Launch>, device: Device, memory: Vec<Tensor>) -> Prepared {
+        Prepared { launches, device, _memory: memory }
+    }
+
+    /// Runs the launches in their order; again and again gives the same outputs, but for sums, which are added to.
+    ///
+    /// # Errors
+    /// As [`Executor::run`]; `Runtime` for an executor of another device.
+    pub fn run(&self, executor: &dyn Executor) -> Result<()> {
+        if executor.device() != self.device {
+            let (found, expected) = (executor.device(), self.device);
+            return Err(Error::Runtime(format!("launches: found device {found:?}, expected {expected:?}")));
+        }
+        // SAFETY: promised to `new`; the memory lives as long as self, and torch's allocator keeps what is dropped later
+        // until the stream has passed.
+        self.launches.iter().try_for_each(|launch| unsafe { executor.run(launch) })
+    }
 }
 
 /// CUDA device N; launches go to torch's current stream.
@@ -82,8 +114,8 @@ impl Executor for Gpu {
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
         let ordinal = i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))?;
-        let function = function(launch.file, launch.kernel, ordinal)?;
-        let mut arguments = [launch.args.cast_mut()];
+        let function = function(launch.file, &launch.kernel, ordinal)?;
+        let mut arguments = [launch.args().0.cast_mut()];
         // SAFETY: the stream belongs to torch and to the device's primary context; torch keeps its streams for the
         // life of the process.
         let stream = unsafe { temper_current_cuda_stream(ordinal) } as sys::CUstream;

@@ -4,10 +4,10 @@
 
 use std::ffi::c_void;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::batch::{Divider, tiles};
-use super::launch::{BLOCK_THREADS, Executor, Launch, Needs};
+use super::launch::{BLOCK_THREADS, Executor, Launch, Needs, Prepared};
 use crate::numerics::error_law::ErrorLaw;
 use crate::numerics::generator::COLUMN_BLOCK;
 use crate::ops::matmul_error::RowKeys;
@@ -50,8 +50,15 @@ pub const SUMS: i64 = 5;
 /// # Errors
 /// `Runtime` naming the tensor of the wrong device, dtype, shape or strides; `Unavailable` without kernels or driver.
 pub fn add_noise(executor: &dyn Executor, law: &Law, matrices: &[Noisy]) -> Result<()> {
-    let Some(first) = matrices.first() else { return Ok(()) };
-    let kinds = (first.y.kind(), first.into.tensor().kind());
+    prepare(executor.device(), law, matrices)?.run(executor)
+}
+
+/// The launches of [`add_noise`].
+///
+/// # Errors
+/// As [`add_noise`].
+pub fn prepare(device: Device, law: &Law, matrices: &[Noisy]) -> Result<Prepared> {
+    let kinds = matrices.first().map_or((Kind::Float, Kind::Float), |m| (m.y.kind(), m.into.tensor().kind()));
     let kernel = match kinds {
         (Kind::Float, Kind::Float) => "noise_f32",
         (Kind::Float, Kind::BFloat16) => "noise_f32_to_bf16",
@@ -60,24 +67,18 @@ pub fn add_noise(executor: &dyn Executor, law: &Law, matrices: &[Noisy]) -> Resu
         (Kind::Half, Kind::Half) => "noise_f16",
         (from, to) => return Err(Error::Runtime(format!("noise: from {from:?} to {to:?} has no kernel"))),
     };
-    let sums = match law.sums {
-        Some(sums) => {
-            let shape = [matrices.len() as i64, SUMS];
-            Needs { name: "noise: sums", kinds: &[Kind::Double], shape: &shape, device: executor.device() }
-                .check(sums)?
-        }
-        None => std::ptr::null_mut(),
-    };
+    let shape = [matrices.len() as i64, SUMS];
+    let needs = Needs { name: "noise: sums", kinds: &[Kind::Double], shape: &shape, device };
+    let sums = law.sums.map(|sums| needs.check(sums)).transpose()?;
+    let mut launches = Vec::new();
     for (number, chunk) in matrices.chunks(BATCH).enumerate() {
-        let tensors = chunk.iter().map(|m| m.describe(executor, kinds)).collect::<Result<Vec<_>>>()?;
+        let tensors = chunk.iter().map(|m| m.describe(device, kinds)).collect::<Result<Vec<_>>>()?;
+        let before = number * BATCH * SUMS as usize * size_of::<f64>();
         let mut batch = Box::new(KernelBatch {
             count: chunk.len() as u32,
             law: law_number(law.law),
             seed: law.seed,
-            sums: match law.sums {
-                Some(_) => sums.wrapping_byte_add(number * BATCH * SUMS as usize * size_of::<f64>()),
-                None => sums,
-            },
+            sums: sums.map_or(std::ptr::null_mut(), |sums| sums.wrapping_byte_add(before)),
             tensors: [KernelTensor::default(); BATCH],
         });
         let mut blocks = 0;
@@ -86,11 +87,15 @@ pub fn add_noise(executor: &dyn Executor, law: &Law, matrices: &[Noisy]) -> Resu
             blocks += tiles;
         }
         if blocks > 0 {
-            // SAFETY: `Needs` has checked device, dtype, shape and strides of everything that the batch points to.
-            unsafe { executor.run(&Launch::new("noise", kernel, blocks, &*batch)) }?;
+            launches.push(Launch::new("noise", kernel.to_string(), blocks, &*batch));
         }
     }
-    Ok(())
+    let of_matrix = |m: &Noisy| [Some(m.y), Some(m.into.tensor()), m.bias].map(|t| t.map(Tensor::shallow_clone));
+    let mut memory: Vec<Tensor> = matrices.iter().flat_map(of_matrix).flatten().collect();
+    memory.extend(matrices.iter().filter_map(|m| m.keys.if_on_device()));
+    memory.extend(law.sums.map(Tensor::shallow_clone));
+    // SAFETY: `Needs` has checked device, dtype, shape and strides of everything that is pointed to; it is in `memory`.
+    Ok(unsafe { Prepared::new(launches, device, memory) })
 }
 
 impl Destination<'_> {
@@ -103,8 +108,7 @@ impl Destination<'_> {
 
 impl Noisy<'_> {
     /// What the kernel wants to know, and the blocks of threads that the matrix takes.
-    fn describe(&self, executor: &dyn Executor, (from, to): (Kind, Kind)) -> Result<(KernelTensor, u32)> {
-        let device = executor.device();
+    fn describe(&self, device: Device, (from, to): (Kind, Kind)) -> Result<(KernelTensor, u32)> {
         let [rows, cols] = self.y.size()[..] else {
             return Err(Error::Runtime(format!("noise: y: found shape {:?}, expected [rows, cols]", self.y.size())));
         };

@@ -2,13 +2,13 @@
 
 use std::ffi::c_void;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cuda::batch::Divider;
-use crate::ops::cuda::launch::{BLOCK_THREADS, Executor, Launch};
+use crate::ops::cuda::launch::{BLOCK_THREADS, Launch};
 
 /// `FakeQuantTensor` of kernels/include/octets.cuh.
 #[repr(C)]
@@ -100,88 +100,64 @@ pub fn octets_of_row(format: Format, cols: usize) -> usize {
 }
 
 /// What all launches of a call share.
-pub struct Call<'a> {
-    pub executor: &'a dyn Executor,
+pub struct Call {
+    pub device: Device,
     pub format: Format,
     pub kind: Kind,
     pub seed: u64,
 }
 
-impl Call<'_> {
+impl Call {
     pub fn zeros(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        Ok(Tensor::f_zeros(shape, (kind, self.executor.device()))?)
+        Ok(Tensor::f_zeros(shape, (kind, self.device))?)
     }
 
     /// f32 [1].
     pub fn filled(&self, value: f32) -> Result<Tensor> {
-        Ok(Tensor::f_full([1], f64::from(value), (Kind::Float, self.executor.device()))?)
+        Ok(Tensor::f_full([1], f64::from(value), (Kind::Float, self.device))?)
     }
 
     /// Finds the amaxes of tensors; with each, whether that of the tensor is wanted, or in fp8 those of its rows alone.
-    ///
-    /// # Safety
-    /// As [`Executor::run`].
-    pub unsafe fn find_amaxes(&self, tensors: &[(KernelTensor, bool)]) -> Result<()> {
+    pub fn find_amaxes(&self, tensors: &[(KernelTensor, bool)]) -> Vec<Launch> {
         let all: Vec<KernelTensor> = tensors.iter().map(|(tensor, _)| *tensor).collect();
         let dtype = self.dtype();
         if !matches!(self.format.family, Family::Fp8 { .. }) {
             let shape = if self.format.two_d { "tiles" } else { "blocks" };
-            // SAFETY: the caller's promise.
-            return unsafe { self.run("amax", &format!("amax_{shape}_{dtype}"), &all, |tensor| self.tiles(tensor)) };
+            return self.launches("amax", &format!("amax_{shape}_{dtype}"), &all, |tensor| self.tiles(tensor));
         }
         let of_tensor: Vec<KernelTensor> = tensors.iter().filter(|(_, wanted)| *wanted).map(|(t, _)| *t).collect();
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.run("amax", &format!("amax_rows_{dtype}"), &all, |tensor| self.tiles(tensor))?;
-            self.run("amax", "amax_of_rows", &of_tensor, |_| 1)
-        }
+        let mut launches = self.launches("amax", &format!("amax_rows_{dtype}"), &all, |tensor| self.tiles(tensor));
+        launches.extend(self.launches("amax", "amax_of_rows", &of_tensor, |_| 1));
+        launches
     }
 
     /// nonfinite_blocks i64 [tensors]; sums f64 [tensors, ERROR_SUMS] or None. Both are added to.
-    ///
-    /// # Safety
-    /// As [`Executor::run`].
-    pub unsafe fn quantize(
-        &self,
-        tensors: &[KernelTensor],
-        nonfinite_blocks: &Tensor,
-        sums: Option<&Tensor>,
-    ) -> Result<()> {
+    pub fn quantize(&self, tensors: &[KernelTensor], nonfinite_blocks: &Tensor, sums: Option<&Tensor>) -> Vec<Launch> {
         let (file, stem) = kernel_name(self.format);
         let kernel = format!("fake_quant_{stem}_{}{}", self.dtype(), if sums.is_some() { "_errors" } else { "" });
         // Both have 8 bytes an element; row `number` on.
         let from = |tensor: &Tensor, number: usize, cols: usize| tensor.data_ptr().wrapping_byte_add(8 * number * cols);
-        for (number, chunk) in tensors.chunks(BATCH).enumerate() {
-            let mut batch = self.batch(chunk, |tensor| self.tiles(tensor));
-            batch.0.nonfinite_blocks = from(nonfinite_blocks, number * BATCH, 1);
-            batch.0.sums = sums.map_or(std::ptr::null_mut(), |sums| from(sums, number * BATCH, ERROR_SUMS));
-            // SAFETY: the caller's promise.
-            unsafe { self.launch(file, &kernel, &batch) }?;
-        }
-        Ok(())
+        let launches = tensors.chunks(BATCH).enumerate().filter_map(|(number, chunk)| {
+            let (mut batch, blocks) = self.batch(chunk, |tensor| self.tiles(tensor));
+            batch.nonfinite_blocks = from(nonfinite_blocks, number * BATCH, 1);
+            batch.sums = sums.map_or(std::ptr::null_mut(), |sums| from(sums, number * BATCH, ERROR_SUMS));
+            (blocks > 0).then(|| Launch::new(file, kernel.clone(), blocks, &*batch))
+        });
+        launches.collect()
     }
 
-    /// # Safety
-    /// As [`Executor::run`].
-    unsafe fn run(
+    fn launches(
         &self,
         file: &'static str,
         kernel: &str,
         tensors: &[KernelTensor],
         tiles: impl Fn(&KernelTensor) -> u32,
-    ) -> Result<()> {
-        // SAFETY: the caller's promise.
-        tensors.chunks(BATCH).try_for_each(|chunk| unsafe { self.launch(file, kernel, &self.batch(chunk, &tiles)) })
-    }
-
-    /// # Safety
-    /// As [`Executor::run`].
-    unsafe fn launch(&self, file: &'static str, kernel: &str, (args, blocks): &(Box<KernelBatch>, u32)) -> Result<()> {
-        match blocks {
-            0 => Ok(()),
-            // SAFETY: the caller's promise.
-            blocks => unsafe { self.executor.run(&Launch::new(file, kernel, *blocks, &**args)) },
-        }
+    ) -> Vec<Launch> {
+        let launches = tensors.chunks(BATCH).filter_map(|chunk| {
+            let (batch, blocks) = self.batch(chunk, &tiles);
+            (blocks > 0).then(|| Launch::new(file, kernel.to_string(), blocks, &*batch))
+        });
+        launches.collect()
     }
 
     /// The arguments of a launch, and its blocks.
