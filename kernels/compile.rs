@@ -24,7 +24,6 @@ const NVCC_FLAGS: [&str; 10] = [
 pub fn kernels(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
     let dir = root.join("kernels");
     let sources = files(&dir, &["cu"])?;
-    let headers = files(&dir.join("include"), &["cuh"])?;
     let arches = arches()?;
     let Some(nvcc) = find_nvcc(root) else {
         println!(
@@ -47,7 +46,7 @@ pub fn kernels(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
     }
     let results: Vec<Result<String>> = std::thread::scope(|scope| {
         let jobs: Vec<_> =
-            sources.iter().map(|source| scope.spawn(|| compile_kernel(&nvcc, &flags, source, &headers, out))).collect();
+            sources.iter().map(|source| scope.spawn(|| compile_kernel(&nvcc, &flags, source, out))).collect();
         jobs.into_iter().map(|j| j.join().unwrap_or_else(|_| Err("a compile thread panicked".to_owned()))).collect()
     });
     let names = results.into_iter().collect::<Result<Vec<String>>>()?;
@@ -55,11 +54,11 @@ pub fn kernels(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
 }
 
 /// Compiles `source` to `<stem>.fatbin`, with ptxas's account of registers and spills in `<stem>.ptxas`.
-fn compile_kernel(nvcc: &Path, flags: &[String], source: &Path, headers: &[PathBuf], out: &Path) -> Result<String> {
+fn compile_kernel(nvcc: &Path, flags: &[String], source: &Path, out: &Path) -> Result<String> {
     let stem = source.file_stem().and_then(|s| s.to_str()).ok_or("a kernel file without a name")?.to_owned();
     let (fatbin, ptxas) = (out.join(format!("{stem}.fatbin")), out.join(format!("{stem}.ptxas")));
-    let mut inputs = headers.to_vec();
-    inputs.push(source.to_path_buf());
+    let mut inputs = Vec::new();
+    with_included(source, &mut inputs)?;
     let command = format!("{} {}", nvcc.display(), flags.join(" "));
     if up_to_date(&fatbin, &inputs, &command) && ptxas.exists() {
         return Ok(stem);
@@ -74,6 +73,21 @@ fn compile_kernel(nvcc: &Path, flags: &[String], source: &Path, headers: &[PathB
     write(&ptxas, &messages)?;
     write(&fatbin.with_extension("fatbin.command"), &command)?;
     Ok(stem)
+}
+
+/// `file` and every header of kernels/include that it includes, directly or through others: what it depends on.
+fn with_included(file: &Path, found: &mut Vec<PathBuf>) -> Result<()> {
+    if found.iter().any(|known| known == file) {
+        return Ok(());
+    }
+    found.push(file.to_path_buf());
+    let text = fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))?;
+    let directory = file.parent().unwrap_or(Path::new("."));
+    let names = text.lines().filter_map(|line| line.strip_prefix("#include \"")?.split('"').next());
+    let places = |name: &str| [directory.join("include").join(name), directory.join(name)];
+    // Headers that are not there are the host shim's, which nvcc does not read.
+    let headers: Vec<PathBuf> = names.filter_map(|name| places(name).into_iter().find(|path| path.is_file())).collect();
+    headers.iter().try_for_each(|header| with_included(header, found))
 }
 
 fn write_embedded(out: &Path, torch: &Torch, names: &[String], arches: &[String], why_not: Option<&str>) -> Result<()> {

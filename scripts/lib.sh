@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # A cargo that rustup installed but that no shell profile has put on PATH yet.
 if ! command -v cargo >/dev/null && [ -x "$HOME/.cargo/bin/cargo" ]; then PATH="$HOME/.cargo/bin:$PATH"; fi
 
-TEMPER="${CARGO_TARGET_DIR:-target}/release/temper"
+TEMPER="${TEMPER:-${CARGO_TARGET_DIR:-target}/release/temper}"
 # Not exported: .cargo/config.toml gives cargo the same default, and a LIBTORCH of the user's own wins in both.
 TORCH_DIR="${LIBTORCH:-$PWD/.venv/libtorch}"
 

@@ -4,7 +4,7 @@ use half::bf16;
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::timing::{Runner, Times, in_turns};
+use super::timing::{Runner, Times, WallClock, in_turns};
 use super::{Options, ROTATED_BYTES, Row, torch_chain};
 use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
@@ -66,7 +66,7 @@ fn group(n: usize, k: usize, kind: Kind, dtype: &'static str, chains: bool) -> R
             runners.push(Runner::slow(|turn| torch_chain::fake_quant(buffers.x(turn), *format).map(drop)));
         }
     }
-    let times = in_turns(runners)?;
+    let times = in_turns(&WallClock, runners)?;
     let (copy, rest) = (&times[0], &times[1..]);
     let (quantized, chained) = rest.split_at(CASES.len());
     let row = |name: &str, times: &Times| Row::new(name, &[n, k], dtype, times);

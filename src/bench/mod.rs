@@ -4,26 +4,31 @@
 //! and exceed the caches. Ratios are of minima over the same rounds: other work can only add time, and it adds more to
 //! what takes longer.
 
+pub mod cuda;
 mod fake_quant;
 mod noise;
 pub mod selftest;
-mod timing;
+pub mod timing;
 mod torch_chain;
 
 use serde::Serialize;
 
-use crate::Result;
+use tch::Device;
+
 use crate::ops::cpu::path::Path;
+use crate::ops::cuda::launch::Gpu;
+use crate::ops::cuda::timer::Timer;
 use crate::run::machine::{CpuKind, git_commit, utc_now};
+use crate::{Result, bail_input};
 use timing::Times;
 
 /// The buffers of one kind hold at least this much together, more than caches do.
 const ROTATED_BYTES: usize = 192 << 20;
 
-/// What to measure, on the CPU.
+/// What to measure.
 #[derive(Clone, Copy)]
 pub struct Options<'a> {
-    /// The instruction set, of those that the CPU has.
+    /// The instruction set of the CPU's operations, of those that it has.
     pub path: Path,
     /// Groups whose name contains this alone.
     pub only: Option<&'a str>,
@@ -50,6 +55,8 @@ pub struct Row {
     pub tflop_per_s: Option<f64>,
     /// This time over that of a copy of the same matrix, by the same threads in the same chunks.
     pub copy_ratio: Option<f64>,
+    /// Bytes a second over those of the copy.
+    pub copy_bandwidth_ratio: Option<f64>,
     /// This time over that of `baseline`.
     pub baseline_ratio: Option<f64>,
     pub baseline: Option<String>,
@@ -73,6 +80,7 @@ impl Row {
             flops: None,
             tflop_per_s: None,
             copy_ratio: None,
+            copy_bandwidth_ratio: None,
             baseline_ratio: None,
             baseline: None,
             torch_chain_ratio: None,
@@ -114,6 +122,8 @@ impl Row {
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     pub machine: CpuKind,
+    /// The GPU, where the kernels are its; `simd` and `threads` are the CPU's.
+    pub gpu: Option<String>,
     pub simd: &'static str,
     pub threads: usize,
     pub version: &'static str,
@@ -122,14 +132,32 @@ pub struct Report {
     pub rows: Vec<Row>,
 }
 
-/// Times every CPU kernel. The thread pools must have their size already (`device::set_threads`).
-pub fn kernels(options: &Options) -> Result<Report> {
+/// Times every kernel of a device. The thread pools must have their size already (`device::set_threads`).
+///
+/// # Errors
+/// `Input` where `only` names no group; what the device answers.
+pub fn kernels(options: &Options, device: Device) -> Result<Report> {
     options.path.limit();
     let _no_grad = tch::no_grad_guard();
-    let mut rows = fake_quant::rows(options)?;
-    rows.extend(noise::rows(options)?);
+    let rows = match device {
+        Device::Cuda(index) => {
+            let gpu = Gpu::number(index);
+            cuda::rows(&gpu, &Timer::new(gpu)?, &cuda::GPU, options)?
+        }
+        _ => {
+            let mut rows = fake_quant::rows(options)?;
+            rows.extend(noise::rows(options)?);
+            rows
+        }
+    };
+    if let (Some(only), true) = (options.only, rows.is_empty()) {
+        bail_input!(
+            "--only {only:?}: no group has it in its name, expected for example \"bf16 [1536, 8960]\" or \"noise\""
+        );
+    }
     Ok(Report {
         machine: CpuKind::of_this_machine(),
+        gpu: matches!(device, Device::Cuda(_)).then(|| crate::device::name(device)),
         simd: options.path.name(),
         threads: rayon::current_num_threads(),
         version: env!("CARGO_PKG_VERSION"),

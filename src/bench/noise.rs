@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 use tch::{Device, Kind, Tensor};
 
-use super::timing::{Runner, in_turns};
+use super::timing::{Runner, WallClock, in_turns};
 use super::{Options, ROTATED_BYTES, Row};
 use crate::Result;
 use crate::numerics::error_law::ErrorLaw;
@@ -46,32 +46,35 @@ fn elementwise() -> Result<Vec<Row>> {
     let copies: Vec<Tensor> = y.iter().map(|y| Ok(y.f_zeros_like()?)).collect::<Result<_>>()?;
     let tokens: Vec<u64> = (0..TOKENS as u64).collect();
     let at = |list: &[Tensor], turn: usize| list[turn % count].shallow_clone();
-    let times = in_turns(vec![
-        Runner::new(|turn| {
-            let (x, mut out) = (at(&y, turn), at(&copies, turn));
-            let rows = f32_slice(&x)?.par_chunks(OUT).zip(f32_slice_mut(&mut out)?.par_chunks_mut(OUT));
-            rows.for_each(|(x, out)| out.copy_from_slice(x));
-            Ok(())
-        }),
-        Runner::new(|turn| {
-            let mut out = at(&copies, turn);
-            let rows = f32_slice_mut(&mut out)?.par_chunks_mut(OUT).enumerate();
-            rows.for_each(|(row, out)| normals_into(1, 2, row as u64, out));
-            Ok(())
-        }),
-        Runner::new(|turn| {
-            let law = ErrorLaw::RelativeGaussian;
-            // A scale that leaves y as large as it was however often it is applied.
-            apply_f32(law, 1e-6, 1, 2, &tokens, f32_slice_mut(&mut at(&y, turn))?, OUT, None);
-            Ok(())
-        }),
-        Runner::slow(|turn| Ok(at(&copies, turn).f_normal_(0.0, 1.0).map(drop)?)),
-        Runner::slow(|turn| {
-            let y = at(&y, turn);
-            let error = y.f_randn_like()?.f_mul_scalar(f64::from(SCALE))?.f_mul(&y.f_abs()?)?;
-            Ok(y.f_add(&error).map(drop)?)
-        }),
-    ])?;
+    let times = in_turns(
+        &WallClock,
+        vec![
+            Runner::new(|turn| {
+                let (x, mut out) = (at(&y, turn), at(&copies, turn));
+                let rows = f32_slice(&x)?.par_chunks(OUT).zip(f32_slice_mut(&mut out)?.par_chunks_mut(OUT));
+                rows.for_each(|(x, out)| out.copy_from_slice(x));
+                Ok(())
+            }),
+            Runner::new(|turn| {
+                let mut out = at(&copies, turn);
+                let rows = f32_slice_mut(&mut out)?.par_chunks_mut(OUT).enumerate();
+                rows.for_each(|(row, out)| normals_into(1, 2, row as u64, out));
+                Ok(())
+            }),
+            Runner::new(|turn| {
+                let law = ErrorLaw::RelativeGaussian;
+                // A scale that leaves y as large as it was however often it is applied.
+                apply_f32(law, 1e-6, 1, 2, &tokens, f32_slice_mut(&mut at(&y, turn))?, OUT, None);
+                Ok(())
+            }),
+            Runner::slow(|turn| Ok(at(&copies, turn).f_normal_(0.0, 1.0).map(drop)?)),
+            Runner::slow(|turn| {
+                let y = at(&y, turn);
+                let error = y.f_randn_like()?.f_mul_scalar(f64::from(SCALE))?.f_mul(&y.f_abs()?)?;
+                Ok(y.f_add(&error).map(drop)?)
+            }),
+        ],
+    )?;
     let [copy, normals, law, torch_normals, torch_law] = &times[..] else { return Ok(Vec::new()) };
     let row = |name, times| Row::new(name, &[TOKENS, OUT], "f32", times);
     Ok(vec![
@@ -100,13 +103,16 @@ fn linear() -> Result<Vec<Row>> {
         let _ = noisy_linear::backward_dx(&dy, &w, call)?;
         noisy_linear::accumulate_dw(&dy, &x, call, &mut gradient.shallow_clone())
     };
-    let times = in_turns(vec![
-        Runner::new(|_| forward(&clean)),
-        Runner::new(|_| forward(&per_update)),
-        Runner::new(|_| backward(&clean)),
-        Runner::new(|_| backward(&per_update)),
-        Runner::new(|_| backward(&per_microbatch)),
-    ])?;
+    let times = in_turns(
+        &WallClock,
+        vec![
+            Runner::new(|_| forward(&clean)),
+            Runner::new(|_| forward(&per_update)),
+            Runner::new(|_| backward(&clean)),
+            Runner::new(|_| backward(&per_update)),
+            Runner::new(|_| backward(&per_microbatch)),
+        ],
+    )?;
     let flops = 2.0 * (TOKENS * IN * OUT) as f64;
     let row = |name: &str, products: f64, place: usize| {
         Row::new(name, &[TOKENS, IN, OUT], "f32", &times[place]).computing(products * flops)

@@ -34,10 +34,7 @@ struct KernelsArgs {
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let What::Kernels(args) = &args.what;
-    if global.device.as_deref().is_some_and(|name| name.starts_with("cuda")) {
-        bail_input!("bench kernels: --device cuda is not available yet, expected --device cpu");
-    }
-    device::parse(global.device.as_deref())?;
+    let device = device::parse(global.device.as_deref())?;
     let path = path(args.simd.as_deref())?;
     if args.threads == Some(0) {
         bail_input!("--threads 0: expected at least 1");
@@ -48,7 +45,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             eprintln!("bench: {group}");
         }
     };
-    let report = kernels(&Options { path, only: args.only.as_deref(), progress: &progress })?;
+    let report = kernels(&Options { path, only: args.only.as_deref(), progress: &progress }, device)?;
     let text = match global.json {
         true => serde_json::to_string(&report).map_err(|e| Error::Runtime(format!("bench: {e}")))?,
         false => text(&report),
@@ -68,14 +65,16 @@ fn path(name: Option<&str>) -> Result<Path> {
 fn text(report: &Report) -> String {
     let mut table = comfy_table::Table::new();
     table.load_style(comfy_table::presets::NOTHING);
-    table.set_header(["kernel", "shape", "median", "min", "spread", "speed", "x copy", "x baseline", "torch chain"]);
+    table.set_header(HEADER);
     for row in &report.rows {
         table.add_row(cells(row));
     }
     let table = table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n");
+    let gpu = report.gpu.as_ref().map_or(String::new(), |name| format!("{name}, "));
     format!(
-        "{table}\n{}, {} threads, {}, temper {} at {}, {}\nx copy, x baseline: fastest time over fastest time in the same \
-         run, less is better; torch chain: how many times faster than the same steps as tensor operations",
+        "{table}\n{gpu}{}, {} threads, {}, temper {} at {}, {}\nx copy, x baseline: fastest time over fastest time in the \
+         same run, less is better; of copy: bytes a second over the copy's; torch chain: how many times faster than the same \
+         steps as tensor operations",
         report.machine.model,
         report.threads,
         report.simd,
@@ -85,8 +84,15 @@ fn text(report: &Report) -> String {
     )
 }
 
-fn cells(row: &Row) -> [String; 9] {
-    let time = |us: f64| if us < 1e4 { format!("{us:.0} us") } else { format!("{:.1} ms", us / 1e3) };
+const HEADER: [&str; 10] =
+    ["kernel", "shape", "median", "min", "spread", "speed", "of copy", "x copy", "x baseline", "torch chain"];
+
+fn cells(row: &Row) -> [String; 10] {
+    let time = |us: f64| match us {
+        us if us < 100.0 => format!("{us:.1} us"),
+        us if us < 1e4 => format!("{us:.0} us"),
+        us => format!("{:.1} ms", us / 1e3),
+    };
     let or_empty = |text: Option<String>| text.unwrap_or_default();
     let shape: Vec<String> = row.shape.iter().map(usize::to_string).collect();
     let speed = match (row.gb_per_s, row.tflop_per_s) {
@@ -102,6 +108,7 @@ fn cells(row: &Row) -> [String; 9] {
         time(row.min_us),
         format!("{:.0} %", 100.0 * row.spread),
         speed,
+        or_empty(row.copy_bandwidth_ratio.map(|r| format!("{:.0} %", 100.0 * r))),
         or_empty(row.copy_ratio.map(|r| format!("{r:.2}"))),
         or_empty(baseline.map(|(r, name)| format!("{r:.2} {name}"))),
         or_empty(row.torch_chain_ratio.map(|r| format!("{r:.0}"))),

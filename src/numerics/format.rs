@@ -74,6 +74,41 @@ pub struct Format {
 pub const AVAILABLE: &str = "mxfp4[:floor|even|rceil][,sr|sr8|half_away][,2d], mxfp8[:floor|even|rceil][,sr|sr8], \
     nvfp4[:4over6], nvfp4[:sr|sr8][,2d], fp8[:row|tensor], nvfp4_single_level";
 
+/// Every format that the grammar can say, in its canonical spelling: what a check of all formats goes through.
+pub const SPELLINGS: [&str; 31] = [
+    "mxfp4",
+    "mxfp4:even",
+    "mxfp4:rceil",
+    "mxfp4:sr",
+    "mxfp4:sr8",
+    "mxfp4:half_away",
+    "mxfp4:even,half_away",
+    "mxfp4:rceil,half_away",
+    "mxfp4:2d",
+    "mxfp4:even,2d",
+    "mxfp4:rceil,2d",
+    "mxfp4:sr,2d",
+    "mxfp4:sr8,2d",
+    "mxfp4:half_away,2d",
+    "mxfp4:even,half_away,2d",
+    "mxfp4:rceil,half_away,2d",
+    "mxfp8",
+    "mxfp8:even",
+    "mxfp8:rceil",
+    "mxfp8:sr",
+    "mxfp8:sr8",
+    "nvfp4",
+    "nvfp4:4over6",
+    "nvfp4:sr",
+    "nvfp4:sr8",
+    "nvfp4:2d",
+    "nvfp4:sr,2d",
+    "nvfp4:sr8,2d",
+    "fp8",
+    "fp8:tensor",
+    "nvfp4_single_level",
+];
+
 impl Format {
     pub const MXFP4: Format = Format::nearest(Family::Mxfp4 { rule: MxScaleRule::Floor });
     pub const NVFP4: Format = Format::nearest(Family::Nvfp4 { four_over_six: false });

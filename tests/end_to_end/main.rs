@@ -3,6 +3,7 @@
 
 mod activation_scales;
 mod bad_input;
+mod bench;
 mod outputs;
 mod registry_minis;
 mod resume;

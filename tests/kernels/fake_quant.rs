@@ -4,7 +4,7 @@
 use half::bf16;
 use tch::{Kind, Tensor};
 use temper::numerics::block_format::{self, Quantized, RoundingDraw, TensorScale};
-use temper::numerics::format::{Family, Format};
+use temper::numerics::format::{Family, Format, SPELLINGS as FORMATS};
 use temper::numerics::tensor_error::TensorErrorSums;
 use temper::ops::cuda::fake_quant::{Batch, Matrix, MatrixScale, Wanted, amax, quantize};
 use temper::ops::fake_quant::StochasticDraw;
@@ -13,32 +13,6 @@ use temper::ops::matmul_error::RowKeys;
 use crate::host::{ORDERS, Shim};
 use crate::support::{assert_bits, floats, nasty, rounded, shared, tensor};
 
-const FORMATS: [&str; 24] = [
-    "mxfp4",
-    "mxfp4:even",
-    "mxfp4:rceil",
-    "mxfp4:half_away",
-    "mxfp4:sr",
-    "mxfp4:sr8",
-    "mxfp4:2d",
-    "mxfp4:even,half_away,2d",
-    "mxfp4:sr,2d",
-    "mxfp8",
-    "mxfp8:even",
-    "mxfp8:rceil",
-    "mxfp8:sr",
-    "mxfp8:sr8",
-    "nvfp4",
-    "nvfp4:4over6",
-    "nvfp4:sr",
-    "nvfp4:sr8",
-    "nvfp4:2d",
-    "nvfp4:sr,2d",
-    "nvfp4:sr8,2d",
-    "fp8",
-    "fp8:tensor",
-    "nvfp4_single_level",
-];
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 /// (rows, cols): one element, less than a block, ragged blocks and octets, several tiles of the grid.
 const SHAPES: [(usize, usize); 9] =

@@ -3,6 +3,7 @@
 //! libraries are independent oracles. What nvcc made is checked too. Nothing here needs a GPU.
 #![allow(unsafe_code, clippy::unwrap_used)]
 
+mod bench;
 mod codecs;
 mod embedded;
 mod fake_quant;

@@ -3,38 +3,7 @@
 pub use crate::random::Random;
 use safetensors::{Dtype, SafeTensors};
 use std::path::PathBuf;
-
-/// Every format, in its canonical spelling.
-pub const FORMATS: [&str; 28] = [
-    "mxfp4",
-    "mxfp4:even",
-    "mxfp4:rceil",
-    "mxfp4:sr",
-    "mxfp4:sr8",
-    "mxfp4:half_away",
-    "mxfp4:even,half_away",
-    "mxfp4:rceil,half_away",
-    "mxfp4:2d",
-    "mxfp4:even,2d",
-    "mxfp4:sr,2d",
-    "mxfp4:half_away,2d",
-    "mxfp8",
-    "mxfp8:even",
-    "mxfp8:rceil",
-    "mxfp8:sr",
-    "mxfp8:sr8",
-    "nvfp4",
-    "nvfp4:4over6",
-    "nvfp4:sr",
-    "nvfp4:sr8",
-    "nvfp4:2d",
-    "nvfp4:sr,2d",
-    "nvfp4:sr8,2d",
-    "fp8",
-    "fp8:tensor",
-    "mxfp4:rceil,2d",
-    "nvfp4_single_level",
-];
+pub use temper::numerics::format::SPELLINGS as FORMATS;
 
 /// A file under ../shared (or $TEMPER_SHARED); prints why and gives None where it is absent.
 pub fn shared(file: &str) -> Option<PathBuf> {

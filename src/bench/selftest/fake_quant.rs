@@ -5,43 +5,17 @@ use tch::{Device, Kind, Tensor};
 use super::{Check, Compared, HUGE_ELEMENTS, Sizes, enter, inputs};
 use crate::Result;
 use crate::numerics::block_format::{self, RoundingDraw, TensorScale};
-use crate::numerics::format::{Family, Format};
+use crate::numerics::format::{Family, Format, SPELLINGS};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cuda::fake_quant::{FakeQuant, Matrix, MatrixScale, Wanted, amax, quantize};
 use crate::ops::cuda::launch::Executor;
 use crate::ops::fake_quant::{self as operation, StochasticDraw};
 use crate::ops::matmul_error::RowKeys;
 
-const FORMATS: [&str; 24] = [
-    "mxfp4",
-    "mxfp4:even",
-    "mxfp4:rceil",
-    "mxfp4:half_away",
-    "mxfp4:sr",
-    "mxfp4:sr8",
-    "mxfp4:2d",
-    "mxfp4:half_away,2d",
-    "mxfp4:sr,2d",
-    "mxfp8",
-    "mxfp8:even",
-    "mxfp8:rceil",
-    "mxfp8:sr",
-    "mxfp8:sr8",
-    "nvfp4",
-    "nvfp4:4over6",
-    "nvfp4:sr",
-    "nvfp4:sr8",
-    "nvfp4:2d",
-    "nvfp4:sr,2d",
-    "nvfp4:sr8,2d",
-    "fp8",
-    "fp8:tensor",
-    "nvfp4_single_level",
-];
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
 
 pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -> Result<()> {
-    let formats: Vec<Format> = FORMATS.iter().map(|name| name.parse()).collect::<Result<_>>()?;
+    let formats: Vec<Format> = SPELLINGS.iter().map(|name| name.parse()).collect::<Result<_>>()?;
     for &shape in sizes.small {
         for kind in KINDS {
             let case = Case::new(shape, kind, shape.0 * shape.1 > 64)?;

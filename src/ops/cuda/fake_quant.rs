@@ -37,7 +37,7 @@ pub enum MatrixScale {
 }
 
 /// What a call should make.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
 pub struct Wanted {
     pub dequantized: bool,
     /// Codes and block scales, as a packed checkpoint stores them.

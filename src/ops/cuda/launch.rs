@@ -90,6 +90,7 @@ impl Prepared {
 }
 
 /// CUDA device N; launches go to torch's current stream.
+#[derive(Clone, Copy, Debug)]
 pub struct Gpu(usize);
 
 impl Gpu {
@@ -105,6 +106,29 @@ impl Gpu {
             other => Err(Error::Runtime(format!("{name}: found device {other:?}, expected a CUDA device"))),
         }
     }
+
+    fn ordinal(self) -> Result<i32> {
+        i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))
+    }
+
+    /// Torch's current stream, which torch keeps for the life of the process; the default stream where there is no such
+    /// device.
+    pub(super) fn stream(self) -> sys::CUstream {
+        // SAFETY: takes a number; answers null for one that is no device.
+        self.ordinal().map_or(std::ptr::null_mut(), |ordinal| unsafe { temper_current_cuda_stream(ordinal) }.cast())
+    }
+
+    /// Runs `work` with the primary context current on this thread.
+    pub(super) fn in_primary_context<T>(
+        self,
+        what: &str,
+        work: impl FnOnce() -> std::result::Result<T, DriverError>,
+    ) -> Result<T> {
+        let ordinal = self.ordinal()?;
+        require_driver()?;
+        let done = primary_context(ordinal).and_then(|context| in_context(context, work));
+        done.map_err(|e| driver_error(&format!("{what} on cuda:{ordinal}"), e))
+    }
 }
 
 impl Executor for Gpu {
@@ -113,13 +137,10 @@ impl Executor for Gpu {
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
-        let ordinal = i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))?;
+        let ordinal = self.ordinal()?;
         let function = function(launch.file, &launch.kernel, ordinal)?;
         let mut arguments = [launch.args().0.cast_mut()];
-        // SAFETY: the stream belongs to torch and to the device's primary context; torch keeps its streams for the
-        // life of the process.
-        let stream = unsafe { temper_current_cuda_stream(ordinal) } as sys::CUstream;
-        let (grid, block) = ((launch.blocks, 1, 1), (BLOCK_THREADS, 1, 1));
+        let (grid, block, stream) = ((launch.blocks, 1, 1), (BLOCK_THREADS, 1, 1), self.stream());
         let launched = in_context(function.context, || {
             // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
             unsafe { result::launch_kernel(function.function, grid, block, 0, stream, &mut arguments) }
@@ -179,10 +200,7 @@ fn function(file: &'static str, kernel: &str, ordinal: i32) -> Result<Function> 
 
 fn module(file: &str, ordinal: i32) -> Result<Module> {
     let image = image(file)?;
-    // SAFETY: only asks whether libcuda can be opened; cudarc would panic later where it cannot.
-    if !unsafe { sys::is_culib_present() } {
-        return Err(Error::Unavailable("no NVIDIA driver (libcuda) on this machine: use --device cpu".into()));
-    }
+    require_driver()?;
     load(&image, ordinal).map_err(|e| match e.0 {
         sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => Error::Unavailable(format!(
             "cuda:{ordinal}: the kernels were built for {}; set CUDA_ARCHES to this GPU's and build again",
@@ -208,11 +226,24 @@ fn image(file: &str) -> Result<Vec<u64>> {
     Ok(words.collect())
 }
 
-fn load(image: &[u64], ordinal: i32) -> std::result::Result<Module, DriverError> {
+fn require_driver() -> Result<()> {
+    // SAFETY: only asks whether libcuda can be opened; cudarc would panic later where it cannot.
+    match unsafe { sys::is_culib_present() } {
+        true => Ok(()),
+        false => Err(Error::Unavailable("no NVIDIA driver (libcuda) on this machine: use --device cpu".into())),
+    }
+}
+
+/// The context that torch uses too; never released.
+fn primary_context(ordinal: i32) -> std::result::Result<sys::CUcontext, DriverError> {
     result::init()?;
     let device = result::device::get(ordinal)?;
-    // SAFETY: `device` was just returned by CUDA. The context is torch's own (primary), never released.
-    let context = unsafe { result::primary_ctx::retain(device) }?;
+    // SAFETY: `device` was just returned by CUDA.
+    unsafe { result::primary_ctx::retain(device) }
+}
+
+fn load(image: &[u64], ordinal: i32) -> std::result::Result<Module, DriverError> {
+    let context = primary_context(ordinal)?;
     in_context(context, || {
         // SAFETY: `image` is a fatbin that nvcc wrote, aligned to 8 bytes; the module is never unloaded.
         let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;

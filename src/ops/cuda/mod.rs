@@ -4,3 +4,4 @@ pub mod batch;
 pub mod fake_quant;
 pub mod launch;
 pub mod noise;
+pub mod timer;

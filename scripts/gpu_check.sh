@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Everything that shows whether temper works on this machine's GPU, and how fast: doctor, selftest, compute-sanitizer,
+# kernel benchmarks beside torch's own, and a short training run. One line a step; goes on after a failure, and ends with
+# exit code 1 if there was one.
+#
+#   scripts/gpu_check.sh [--quick] [DIR]
+#
+#   --quick  small matrices, no benchmarks
+#   DIR      where each step's output goes (default: a new directory under runs/)
+#   TEMPER   the binary (default target/release/temper); PYTHON one with torch (default .venv/bin/python or python3)
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+quick=""
+case "${1:-}" in
+  -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  --quick) quick=--quick; shift ;;
+esac
+[ $# -le 1 ] || { say "error: found $# arguments, expected at most one directory"; exit 2; }
+out=${1:-runs/gpu-check-$(date +%Y%m%d-%H%M%S)}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
+[ -x "$TEMPER" ] || die "$TEMPER was not found" "run scripts/bootstrap.sh, or set TEMPER"
+mkdir -p "$out"
+failed=0
+
+step() { # step NAME COMMAND...: stdout to DIR/NAME.out, stderr to DIR/NAME.err
+  local name=$1
+  shift
+  phase "$name" run_to "$out/$name" "$@" || {
+    failed=$((failed + 1))
+    tail -n 5 "$out/$name.err" >&2
+  }
+}
+run_to() { local to=$1; shift; "$@" >"$to.out" 2>"$to.err"; }
+
+step doctor "$TEMPER" doctor --json
+# shellcheck disable=SC2086 # one word or none
+step selftest "$TEMPER" selftest --device cuda $quick
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$TEMPER" selftest --device cuda --quick
+  done
+else
+  say "    compute-sanitizer: not here, left out"
+fi
+if [ -z "$quick" ]; then
+  step bench_kernels "$TEMPER" bench kernels --device cuda --json
+  step bench_torch "$python" scripts/bench_torch.py --beside "$out/bench_kernels.out"
+fi
+step train "$TEMPER" train configs/debug.yaml --device cuda --out "$out/runs"
+say "results: $out"
+[ "$failed" -eq 0 ] || die "$failed steps failed"

@@ -1,0 +1,106 @@
+//! The kernels of a GPU, beside a copy and a chain of torch operations on the same device in the same run. Launches are
+//! prepared once and repeated, so that a time is the device's and not that of building arguments; buffers rotate and exceed
+//! the L2 cache.
+
+mod fake_quant;
+mod noise;
+
+use tch::{Kind, Tensor};
+
+use super::timing::{Clock, Times};
+use super::{Options, Row};
+use crate::Result;
+use crate::ops::cuda::launch::{Executor, Prepared};
+
+/// The matrices that are timed.
+pub struct Shapes {
+    /// Weights of a linear [out, in], each with how many formats are timed: all, or the two of weights.
+    pub weights: &'static [((usize, usize), Formats)],
+    /// Products of a linear [tokens, out], which get noise.
+    pub products: &'static [(usize, usize)],
+    /// The linears of a layer [out, in], and the layers: quantized in one call.
+    pub layer: &'static [(usize, usize)],
+    pub layers: usize,
+    /// Norms, and their size: perturbed in one call.
+    pub norms: (usize, usize),
+    /// The inputs of one kind hold at least this much together.
+    pub rotated_bytes: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Formats {
+    All,
+    Weights,
+}
+
+/// Qwen2.5-1.5B and 7B, and matrices of 1 GiB.
+pub const GPU: Shapes = Shapes {
+    weights: &[
+        ((8960, 1536), Formats::All),
+        ((1536, 8960), Formats::Weights),
+        ((1536, 1536), Formats::Weights),
+        ((256, 1536), Formats::Weights),
+        ((18944, 3584), Formats::Weights),
+        ((3584, 3584), Formats::Weights),
+        ((65536, 8192), Formats::Weights),
+    ],
+    products: &[(4096, 1536), (4096, 8960), (16384, 8960), (4096, 18944)],
+    layer: &[(1536, 1536), (256, 1536), (256, 1536), (1536, 1536), (8960, 1536), (8960, 1536), (1536, 8960)],
+    layers: 28,
+    norms: (57, 1536),
+    rotated_bytes: 256 << 20,
+};
+
+/// Times every kernel on the executor's device.
+///
+/// # Errors
+/// `Unavailable` without kernels or driver; `OutOfMemory` where the buffers do not fit.
+pub fn rows(executor: &dyn Executor, clock: &dyn Clock, shapes: &Shapes, options: &Options) -> Result<Vec<Row>> {
+    let device = OnDevice { executor, clock, shapes };
+    let mut rows = fake_quant::rows(&device, options)?;
+    rows.extend(noise::rows(&device, options)?);
+    Ok(rows)
+}
+
+/// What every group needs.
+struct OnDevice<'a> {
+    executor: &'a dyn Executor,
+    clock: &'a dyn Clock,
+    shapes: &'a Shapes,
+}
+
+impl OnDevice<'_> {
+    /// Enough normal matrices [rows, cols] of a weight's size to take turns.
+    fn matrices(&self, (rows, cols): (usize, usize), kind: Kind) -> Result<Vec<Tensor>> {
+        let bytes = rows * cols * kind.elt_size_in_bytes();
+        let count = self.shapes.rotated_bytes.div_ceil(bytes).max(2);
+        let matrix = |_| {
+            let normal = Tensor::f_randn([rows as i64, cols as i64], (Kind::Float, self.executor.device()))?;
+            Ok(normal.f_mul_scalar(0.02)?.f_to_kind(kind)?)
+        };
+        (0..count).map(matrix).collect()
+    }
+
+    /// One of the prepared calls, in turns.
+    fn run(&self, prepared: &[Prepared], turn: usize) -> Result<()> {
+        prepared[turn % prepared.len()].run(self.executor)
+    }
+}
+
+/// A row that moves `bytes`, with its share of what a copy moves in the same time.
+fn moving(name: &str, shape: &[usize], dtype: &'static str, times: &Times, bytes: usize, copy: &Copy) -> Row {
+    let row = Row::new(name, shape, dtype, times).moving(bytes).beside_copy(copy.times);
+    Row { copy_bandwidth_ratio: Some(bytes as f64 / times.min_us() / copy.bytes_per_us()), ..row }
+}
+
+/// A copy of a matrix by torch: what the memory can do.
+struct Copy<'a> {
+    times: &'a Times,
+    bytes: usize,
+}
+
+impl Copy<'_> {
+    fn bytes_per_us(&self) -> f64 {
+        self.bytes as f64 / self.times.min_us()
+    }
+}

@@ -1,0 +1,67 @@
+//! The GPU's benchmark on the host's build of the kernels: its calls are right, its rows say what they hold. No time of it
+//! means anything here.
+
+use std::time::Instant;
+
+use temper::bench::cuda::{Formats, Shapes, rows};
+use temper::bench::timing::Clock;
+use temper::bench::{Options, Row};
+use temper::ops::cpu::path::Path;
+
+use crate::host::Shim;
+
+const SHAPES: Shapes = Shapes {
+    weights: &[((32, 64), Formats::All), ((16, 32), Formats::Weights)],
+    products: &[(4, 64)],
+    layer: &[(16, 32), (4, 32), (4, 32), (16, 32), (8, 16), (8, 16), (16, 16)],
+    layers: 2,
+    norms: (5, 64),
+    rotated_bytes: 3 * 32 * 64 * 2,
+};
+
+/// The wall's, for as few rounds as there can be.
+struct Hasty;
+
+impl Clock for Hasty {
+    fn time_us(&self, work: &mut dyn FnMut() -> temper::Result<()>) -> temper::Result<f64> {
+        let start = Instant::now();
+        work()?;
+        Ok(start.elapsed().as_secs_f64() * 1e6)
+    }
+
+    fn least_us(&self) -> f64 {
+        0.0
+    }
+
+    fn seconds(&self) -> f64 {
+        0.0
+    }
+}
+
+fn measured(only: Option<&str>) -> Vec<Row> {
+    let options = Options { path: Path::best(), only, progress: &|_| {} };
+    rows(&Shim(0), &Hasty, &SHAPES, &options).unwrap()
+}
+
+#[test]
+fn every_group_has_its_rows() {
+    let rows = measured(None);
+    let count = |name: &str, dtype: &str| rows.iter().filter(|r| r.name.contains(name) && r.dtype == dtype).count();
+    // 18 formats or outputs, the amax and the copy; the second shape has four formats, in bf16 alone.
+    assert_eq!((count("", "f16"), count("fake_quant", "f16")), (20, 18));
+    assert_eq!(count("all linears", "bf16"), 4);
+    assert_eq!(count("", "bf16"), 20 + 6 + 4);
+    assert_eq!((count("noise", "f32 to bf16"), count("aqn", "f32")), (2, 1));
+    let nvfp4 = rows.iter().find(|r| r.name == "fake_quant nvfp4" && r.dtype == "bf16").unwrap();
+    assert_eq!(nvfp4.bytes, Some(3 * 32 * 64 * 2), "x twice and y");
+    assert_eq!(nvfp4.baseline.as_deref(), Some("mxfp4"));
+    assert!(nvfp4.copy_bandwidth_ratio.is_some() && nvfp4.torch_chain_ratio.is_some());
+    let codes = rows.iter().find(|r| r.name == "fake_quant mxfp4 codes" && r.dtype == "bf16").unwrap();
+    assert_eq!(codes.bytes, Some(32 * 64 * 2 + 32 * 64 / 2), "x, and half a byte an element");
+}
+
+#[test]
+fn only_keeps_the_groups_that_contain_it() {
+    assert!(measured(Some("aqn")).iter().all(|row| row.name.starts_with("aqn")));
+    assert!(measured(Some("no such group")).is_empty());
+}
