@@ -9,14 +9,19 @@
 #include "fake_quant_mxfp4.cu"
 #include "fake_quant_nvfp4.cu"
 #include "fake_quant_variants.cu"
+#include "matmul_f32.cu"
+#include "matmul_nn.cu"
+#include "matmul_nt.cu"
+#include "matmul_tn.cu"
 #include "noise.cu"
 
 extern "C" {
 
 void temper_host_thread_order(uint32_t order) { host::set_thread_order(order); }
 
-const char* temper_host_run(const char* kernel, uint32_t grid, uint32_t block, const void* args, size_t args_bytes) {
-  return host::launch_entry(kernel, grid, block, args, args_bytes);
+const char* temper_host_run(const char* kernel, uint32_t grid, uint32_t block, uint32_t shared_bytes, const void* args,
+                            size_t args_bytes) {
+  return host::launch_entry(kernel, grid, block, shared_bytes, args, args_bytes);
 }
 
 uint32_t temper_host_e2m1_encode(float x) { return e2m1_encode(x); }
@@ -36,7 +41,7 @@ void temper_host_philox(uint32_t key_lo, uint32_t key_hi, const uint32_t counter
 
 // Two kernels that are wrong on purpose, so that the tests can see the shim notice.
 const char* temper_host_missing_barrier(uint32_t block, float* out) {
-  return host::launch(1, block, [=] {
+  return host::launch(1, block, 0, [=] {
     __shared__ float values[1024];
     values[threadIdx.x] = 1.0f;
     out[threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];  // read before the other thread has written
@@ -44,7 +49,7 @@ const char* temper_host_missing_barrier(uint32_t block, float* out) {
 }
 
 const char* temper_host_divergent_barrier(uint32_t block) {
-  return host::launch(1, block, [=] {
+  return host::launch(1, block, 0, [=] {
     if (threadIdx.x != 3) __syncthreads();
   });
 }

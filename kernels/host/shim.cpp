@@ -7,6 +7,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -24,8 +25,15 @@ ThreadState current;
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
+constexpr size_t kDynamicBytes = 163 * 1024;
 
 enum class Wait { kNone, kBlock, kWarp, kDone };
+
+struct Copy {
+  void* to;
+  const void* source;
+  size_t bytes;
+};
 
 // A fiber begins with a context of its own and goes on by jumps: swapcontext would ask the kernel for the signal mask
 // at every switch.
@@ -35,13 +43,16 @@ struct Fiber {
   bool has_begun = false;
   std::unique_ptr<char[]> stack;
   Wait wait = Wait::kNone;
-  uint64_t slot = 0;  // what this lane offers in an exchange
+  alignas(8) uint8_t shown[kShownBytes];  // what this lane shows its warp
+  std::deque<std::vector<Copy>> groups;   // committed copies, the oldest first
+  std::vector<Copy> uncommitted;
 };
 
 std::mutex launch_lock;
 uint32_t thread_order = 0;
 uint64_t order_state = 0;
 std::vector<Fiber> fibers;
+alignas(1024) uint8_t dynamic_memory[kDynamicBytes];
 jmp_buf scheduler;
 uint32_t running = 0;
 const std::function<void()>* body = nullptr;
@@ -101,6 +112,8 @@ void prepare(Fiber& fiber) {
   if (!fiber.stack) fiber.stack.reset(new char[kStackBytes]);
   fiber.wait = Wait::kNone;
   fiber.has_begun = false;
+  fiber.groups.clear();
+  fiber.uncommitted.clear();
   getcontext(&fiber.begin);
   fiber.begin.uc_stack.ss_sp = fiber.stack.get();
   fiber.begin.uc_stack.ss_size = kStackBytes;
@@ -162,37 +175,65 @@ void set_thread_order(uint32_t order) {
 
 void barrier() { pause(Wait::kBlock); }
 
-uint64_t exchange(uint64_t value, int from_lane) {
-  const uint32_t self = running;
-  fibers[self].slot = value;
+void show(const void* mine, size_t bytes) {
+  memcpy(fibers[running].shown, mine, bytes);
   pause(Wait::kWarp);  // everyone has written
-  const uint64_t received = fibers[self / kWarp * kWarp + uint32_t(from_lane)].slot;
-  pause(Wait::kWarp);  // everyone has read
-  return received;
 }
+
+const void* shown(int lane) { return fibers[running / kWarp * kWarp + uint32_t(lane)].shown; }
+
+void seen() { pause(Wait::kWarp); }
+
+void copy_later(void* to, const void* source, size_t bytes) {
+  fibers[running].uncommitted.push_back(Copy{to, source, bytes});
+}
+
+void commit_copies() {
+  Fiber& self = fibers[running];
+  self.groups.push_back(std::move(self.uncommitted));
+  self.uncommitted.clear();
+}
+
+void wait_copies(size_t pending_groups) {
+  Fiber& self = fibers[running];
+  for (; self.groups.size() > pending_groups; self.groups.pop_front()) {
+    for (const Copy& copy : self.groups.front()) {
+      if (copy.source == nullptr) {
+        memset(copy.to, 0, copy.bytes);
+      } else {
+        memcpy(copy.to, copy.source, copy.bytes);
+      }
+    }
+  }
+}
+
+uint8_t* dynamic_shared() { return dynamic_memory; }
 
 Entry::Entry(const char* name_, size_t args_bytes_, void (*run_)(const void*))
     : name(name_), args_bytes(args_bytes_), run(run_), next(first_entry) {
   first_entry = this;
 }
 
-const char* launch_entry(const char* name, uint32_t grid, uint32_t block, const void* args, size_t args_bytes) {
+const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32_t shared_bytes, const void* args,
+                         size_t args_bytes) {
   for (const Entry* entry = first_entry; entry != nullptr; entry = entry->next) {
     if (strcmp(entry->name, name) != 0) continue;
     if (entry->args_bytes != args_bytes) return "an argument struct of another size than the kernel's";
-    return launch(grid, block, [=] { entry->run(args); });
+    return launch(grid, block, shared_bytes, [=] { entry->run(args); });
   }
   return "no kernel of that name";
 }
 
-const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& kernel) {
+const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const std::function<void()>& kernel) {
   std::lock_guard<std::mutex> hold(launch_lock);
   if (block == 0 || block > 1024 || grid == 0) return "a launch without threads, or with more than 1024 a block";
+  if (shared_bytes > kDynamicBytes) return "more dynamic shared memory than an A100 has";
   if (block % kWarp != 0) return "a block that is not a multiple of the warp: its last shuffle would not return";
   body = &kernel;
   if (fibers.size() < block) fibers.resize(block);
   for (uint32_t b = 0; b < grid; ++b) {
     memset(__start_temper_shared, 0xff, size_t(__stop_temper_shared - __start_temper_shared));
+    memset(dynamic_memory, 0xff, shared_bytes);
     current = ThreadState{};
     current.block.x = b;
     current.block_dim.x = block;

@@ -1,8 +1,8 @@
 // Runs a CUDA kernel on the host: one fiber per thread of a block, blocks in order. Tests only.
 //
 // What it shows: indexing, arithmetic (bit for bit, with -ffp-contract=off), a missing __syncthreads (shared memory
-// starts as NaN and threads run in the order a test asks for), a barrier or shuffle that not all threads reach
-// (reported, not hung). What it cannot show: timing, memory ordering between blocks, hardware limits.
+// starts as NaN and threads run in the order a test asks for), a missing wait for an asynchronous copy, a barrier or shuffle
+// that not all threads reach (reported, not hung). What it cannot show: timing, memory ordering between blocks, hardware limits.
 //
 // A thread runs until it meets a barrier or shuffle, then the next one runs. A warp shuffle is one exchange: write the value,
 // wait for the warp, read, wait again.
@@ -45,29 +45,42 @@ struct Entry {
   Entry(const char* name, size_t args_bytes, void (*run)(const void*));
 };
 
-// Runs `kernel` for every thread of a one-dimensional grid. Returns null, or what went wrong. One launch at a time;
-// concurrent callers wait.
-const char* launch(uint32_t grid, uint32_t block, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of a one-dimensional grid, with `shared_bytes` of dynamic shared memory. Returns null, or
+// what went wrong. One launch at a time; concurrent callers wait.
+const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const std::function<void()>& kernel);
 
 // Launches the kernel of that name with its argument struct.
-const char* launch_entry(const char* name, uint32_t grid, uint32_t block, const void* args, size_t args_bytes);
+const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32_t shared_bytes, const void* args,
+                         size_t args_bytes);
+
+// The dynamic shared memory of the block; begins as NaN, aligned to 1024 bytes.
+uint8_t* dynamic_shared();
 
 // 0: all threads in turns, ascending; 1: the last warp as far as it gets, then the one before it; else all in turns, in a
 // permutation drawn anew after every barrier.
 void set_thread_order(uint32_t order);
 
-void barrier();                                    // of the block
-uint64_t exchange(uint64_t value, int from_lane);  // among a full warp; every lane must call it
+void barrier();  // of the block
+
+// What a warp's lanes show each other; every lane must call show, read, and call seen.
+constexpr size_t kShownBytes = 32;
+void show(const void* mine, size_t bytes);
+const void* shown(int lane);
+void seen();
 
 template <typename T>
 T shuffle(T value, int from_lane) {
   static_assert(sizeof(T) <= 8, "shuffles move up to 8 bytes");
-  uint64_t word = 0;
-  memcpy(&word, &value, sizeof(T));
-  word = exchange(word, from_lane);
-  memcpy(&value, &word, sizeof(T));
+  show(&value, sizeof(T));
+  memcpy(&value, shown(from_lane), sizeof(T));
+  seen();
   return value;
 }
+
+// cp.async: a copy happens as late as it may, when its thread waits for its group. source null: zeros.
+void copy_later(void* to, const void* source, size_t bytes);
+void commit_copies();
+void wait_copies(size_t pending_groups);
 
 }  // namespace host
 
@@ -77,6 +90,7 @@ T shuffle(T value, int from_lane) {
 #define gridDim (host::current.grid_dim)
 
 inline void __syncthreads() { host::barrier(); }
+inline void __threadfence() {}
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask, int width = host::kWarp) {

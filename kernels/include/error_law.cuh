@@ -3,8 +3,8 @@
 
 #include "portable.cuh"
 
-// The values are the wire between src/ops/cuda/matmul_error.rs and the kernels.
-enum ErrorLaw : uint32_t { kRelativeGaussian = 0, kAbsoluteGaussian = 1, kSystematicBias = 2 };
+// The values are the wire between src/ops/cuda/noise.rs, matmul.rs and the kernels.
+enum ErrorLaw : uint32_t { kRelativeGaussian = 0, kAbsoluteGaussian = 1, kSystematicBias = 2, kNoError = 3 };
 
 // z becomes y' of 16 elements.
 TEMPER_DEVICE void apply_error_law(uint32_t law, float s, const float y[16], float z[16]) {

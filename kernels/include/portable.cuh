@@ -14,16 +14,25 @@
 
 #define TEMPER_DEVICE static __device__ __forceinline__
 
-// A kernel: one argument struct, passed by value, kBlockThreads threads a block; `resident` blocks shall fit a
-// multiprocessor's 65536 registers. On the host the definition also enters the kernel, under its name, in the shim's list.
+// A kernel: one argument struct, passed by value, `threads` a block; `resident` blocks shall fit a multiprocessor's 65536
+// registers. On the host the definition also enters the kernel, under its name, in the shim's list.
 #ifdef TEMPER_CUDA
-#define TEMPER_KERNEL(name, Args, resident) \
-  extern "C" __global__ void __launch_bounds__(kBlockThreads, resident) name(const __grid_constant__ Args args)
+#define TEMPER_KERNEL_OF(name, Args, threads, resident) \
+  extern "C" __global__ void __launch_bounds__(threads, resident) name(const __grid_constant__ Args args)
 #else
-#define TEMPER_KERNEL(name, Args, resident)                                                                       \
+#define TEMPER_KERNEL_OF(name, Args, threads, resident)                                                           \
   extern "C" void name(const Args& args);                                                                         \
   static const host::Entry name##_entry(#name, sizeof(Args), [](const void* args) { name(*(const Args*)args); }); \
   extern "C" void name(const Args& args)
+#endif
+// With kBlockThreads threads.
+#define TEMPER_KERNEL(name, Args, resident) TEMPER_KERNEL_OF(name, Args, kBlockThreads, resident)
+
+// Shared memory whose size the launch gives.
+#ifdef TEMPER_CUDA
+#define TEMPER_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+#else
+#define TEMPER_DYNAMIC_SHARED(name) uint8_t* const name = host::dynamic_shared()
 #endif
 
 constexpr uint32_t kBlockThreads = 256;

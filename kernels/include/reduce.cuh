@@ -25,19 +25,21 @@ TEMPER_DEVICE T warp_sum(T value) {
   return value;  // complete in lane 0
 }
 
-// The sum over a block, complete in thread 0. scratch [kWarps] is shared memory; every thread must call.
+// The sum over a block of kWarps_ warps, complete in thread 0. scratch [kWarps_] is shared memory; every thread must call.
+template <uint32_t kWarps_ = kWarps>
 TEMPER_DEVICE double block_sum(double value, double* scratch) {
   const uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   value = warp_sum(value);
   __syncthreads();  // an earlier sum's readers are done with scratch
   if (lane == 0) scratch[warp] = value;
   __syncthreads();
-  value = warp == 0 && lane < kWarps ? scratch[lane] : 0.0;
+  value = warp == 0 && lane < kWarps_ ? scratch[lane] : 0.0;
   return warp == 0 ? warp_sum(value) : 0.0;
 }
 
 // Adds the sum over a block to *sum; as block_sum.
+template <uint32_t kWarps_ = kWarps>
 TEMPER_DEVICE void add_block(double value, double* scratch, double* sum) {
-  const double total = block_sum(value, scratch);
+  const double total = block_sum<kWarps_>(value, scratch);
   if (threadIdx.x == 0) atomicAdd(sum, total);
 }

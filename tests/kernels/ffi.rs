@@ -11,6 +11,7 @@ unsafe extern "C" {
         kernel: *const c_char,
         blocks: u32,
         threads: u32,
+        shared_bytes: u32,
         args: *const c_void,
         bytes: usize,
     ) -> Error;

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, CString};
 
 use tch::Device;
-use temper::ops::cuda::launch::{BLOCK_THREADS, Executor, Launch};
+use temper::ops::cuda::launch::{Executor, Launch};
 use temper::{Error, Result};
 
 use crate::ffi::*;
@@ -21,13 +21,18 @@ impl Executor for Shim {
         Device::Cpu
     }
 
+    fn multiprocessors(&self) -> temper::Result<u32> {
+        Ok(4)
+    }
+
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
         let name = CString::new(launch.kernel.as_str()).unwrap();
         let (args, bytes) = launch.args();
         // SAFETY: takes a number and holds the shim's own lock.
         unsafe { temper_host_thread_order(self.0) };
         // SAFETY: the shim checks name and size of the struct; what it points to is the caller's promise.
-        let error = unsafe { temper_host_run(name.as_ptr(), launch.blocks, BLOCK_THREADS, args, bytes) };
+        let error =
+            unsafe { temper_host_run(name.as_ptr(), launch.blocks, launch.threads, launch.shared_bytes, args, bytes) };
         check(error).map_err(|text| Error::Runtime(format!("{}: {text}", launch.kernel)))
     }
 }

@@ -10,6 +10,7 @@ mod fake_quant;
 mod ffi;
 mod generator;
 mod host;
+mod matmul;
 mod mutation;
 mod noise;
 mod preconditions;

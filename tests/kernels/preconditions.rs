@@ -74,6 +74,10 @@ impl Executor for NoGpu {
         tch::Device::Cpu
     }
 
+    fn multiprocessors(&self) -> temper::Result<u32> {
+        Ok(4)
+    }
+
     unsafe fn run(&self, launch: &Launch) -> temper::Result<()> {
         // SAFETY: without a driver nothing is launched.
         unsafe { Gpu::number(0).run(launch) }

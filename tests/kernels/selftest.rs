@@ -29,6 +29,10 @@ impl Executor for Faulty {
         tch::Device::Cpu
     }
 
+    fn multiprocessors(&self) -> temper::Result<u32> {
+        Ok(4)
+    }
+
     unsafe fn run(&self, launch: &Launch) -> temper::Result<()> {
         match (launch.kernel.starts_with(self.kernels), self.refuses) {
             // SAFETY: the caller's promise.

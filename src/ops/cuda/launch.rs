@@ -17,26 +17,37 @@ unsafe extern "C" {
     fn temper_current_cuda_stream(device: i32) -> *mut c_void;
 }
 
-/// Threads of a block, for every kernel: kBlockThreads of kernels/include/portable.cuh.
+/// Threads of a block where a kernel does not say otherwise: kBlockThreads of kernels/include/portable.cuh.
 pub const BLOCK_THREADS: u32 = 256;
+
+/// Dynamic shared memory of a block beyond this must be asked for.
+const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
 /// A launch of a kernel of kernels/`file`.cu with its one argument struct.
 pub struct Launch {
     pub file: &'static str,
     pub kernel: String,
-    /// Blocks of [`BLOCK_THREADS`] threads.
     pub blocks: u32,
+    /// Of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
     args: Box<[u64]>,
 }
 
 impl Launch {
-    /// `args`: of the layout that the kernel declares, in whole 64-bit words.
+    /// [`BLOCK_THREADS`] threads a block. `args`: of the layout that the kernel declares, in whole 64-bit words.
     pub fn new<Args>(file: &'static str, kernel: String, blocks: u32, args: &Args) -> Launch {
         assert!(size_of::<Args>().is_multiple_of(8) && align_of::<Args>() == 8, "arguments of whole words");
         // SAFETY: the words of a live struct, as many as it has.
         let words =
             unsafe { std::slice::from_raw_parts(std::ptr::from_ref(args).cast::<u64>(), size_of::<Args>() / 8) };
-        Launch { file, kernel, blocks, args: words.into() }
+        Launch { file, kernel, blocks, threads: BLOCK_THREADS, shared_bytes: 0, args: words.into() }
+    }
+
+    /// With blocks of another size, and dynamic shared memory.
+    pub fn with_blocks_of(self, threads: u32, shared_bytes: u32) -> Launch {
+        Launch { threads, shared_bytes, ..self }
     }
 
     /// Address and size in bytes of the argument struct.
@@ -49,6 +60,9 @@ impl Launch {
 pub trait Executor {
     /// Where the tensors must lie.
     fn device(&self) -> Device;
+
+    /// How many multiprocessors there are to fill.
+    fn multiprocessors(&self) -> Result<u32>;
 
     /// # Errors
     /// `Unavailable` without kernels, driver or device; `OutOfMemory`; `Runtime` with the reason.
@@ -136,14 +150,37 @@ impl Executor for Gpu {
         Device::Cuda(self.0)
     }
 
+    fn multiprocessors(&self) -> Result<u32> {
+        let mut known = MULTIPROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(&count) = known.get(&self.0) {
+            return Ok(count);
+        }
+        let ordinal = self.ordinal()?;
+        require_driver()?;
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let ask = || {
+            result::init()?;
+            // SAFETY: the device was just returned by CUDA.
+            unsafe { result::device::get_attribute(result::device::get(ordinal)?, attribute) }
+        };
+        let count = ask().map_err(|e| driver_error(&format!("asking cuda:{ordinal}"), e))?;
+        Ok(*known.entry(self.0).or_insert(count.max(1) as u32))
+    }
+
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
         let ordinal = self.ordinal()?;
         let function = function(launch.file, &launch.kernel, ordinal)?;
         let mut arguments = [launch.args().0.cast_mut()];
-        let (grid, block, stream) = ((launch.blocks, 1, 1), (BLOCK_THREADS, 1, 1), self.stream());
+        let (grid, block, stream) = ((launch.blocks, 1, 1), (launch.threads, 1, 1), self.stream());
+        let (kernel, shared) = (function.function, launch.shared_bytes);
         let launched = in_context(function.context, || {
+            if shared > SHARED_WITHOUT_ASKING {
+                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                // SAFETY: the function is loaded and never unloaded.
+                unsafe { result::function::set_function_attribute(kernel, attribute, shared as i32) }?;
+            }
             // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
-            unsafe { result::launch_kernel(function.function, grid, block, 0, stream, &mut arguments) }
+            unsafe { result::launch_kernel(kernel, grid, block, shared, stream, &mut arguments) }
         });
         launched.map_err(|e| driver_error(&format!("launch of {} on cuda:{ordinal}", launch.kernel), e))
     }
@@ -173,6 +210,8 @@ struct Loaded {
     modules: BTreeMap<(i32, &'static str), Module>,
     functions: BTreeMap<(i32, String), Function>,
 }
+
+static MULTIPROCESSORS: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 static LOADED: Mutex<Loaded> = Mutex::new(Loaded { modules: BTreeMap::new(), functions: BTreeMap::new() });
 

@@ -3,5 +3,6 @@
 pub mod batch;
 pub mod fake_quant;
 pub mod launch;
+pub mod matmul;
 pub mod noise;
 pub mod timer;

@@ -212,8 +212,11 @@ const BATCH: usize = 62;
 /// `kTileCalls`.
 const TILE_CALLS: u32 = 4 * BLOCK_THREADS;
 
-/// `ErrorLaw` of kernels/include/error_law.cuh.
-fn law_number(law: ErrorLaw) -> u32 {
+/// `ErrorLaw` of kernels/include/error_law.cuh: that of a product without error.
+pub(super) const NO_ERROR: u32 = 3;
+
+/// ... of a law.
+pub(super) fn law_number(law: ErrorLaw) -> u32 {
     match law {
         ErrorLaw::RelativeGaussian => 0,
         ErrorLaw::AbsoluteGaussian => 1,

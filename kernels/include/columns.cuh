@@ -1,0 +1,154 @@
+// The end of a matrix product: sixteen columns of a row get their error, their bias, one rounding, and are written.
+//
+//   out = round(law(y, s, z) + bias); or out += law(y, s, z)
+//
+// The four threads q = 0..3 of a 64-column block of a row have columns 8i + 2q + {0,1}, i = 0..7, as an mma accumulator does;
+// value 2i + parity. So a thread uses all values of one Philox call (normal.cuh). What was injected is summed on the way.
+#pragma once
+
+#include "dtype.cuh"
+#include "error_law.cuh"
+#include "normal.cuh"
+#include "reduce.cuh"
+
+// The columns of a thread: pairs first + 8i, first + 8i + 1. kIsWhole: all of them are below `cols`, and pairs aligned.
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE void load_columns(const T* row, uint32_t first, uint32_t cols, float y[16]) {
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint32_t column = first + 8 * i;
+    if constexpr (!kIsWhole) {
+      y[2 * i] = column < cols ? widened(row[column]) : 0.0f;
+      y[2 * i + 1] = column + 1 < cols ? widened(row[column + 1]) : 0.0f;
+    } else if constexpr (sizeof(T) == 4) {
+      const Words2 pair = *reinterpret_cast<const Words2*>(row + column);
+      y[2 * i] = float_of(pair.w[0]), y[2 * i + 1] = float_of(pair.w[1]);
+    } else {
+      const uint32_t pair = *reinterpret_cast<const uint32_t*>(row + column);
+      y[2 * i] = widened(T{uint16_t(pair)}), y[2 * i + 1] = widened(T{uint16_t(pair >> 16)});
+    }
+  }
+}
+
+template <bool kIsWhole>
+TEMPER_DEVICE void store_columns(float* row, uint32_t first, uint32_t cols, bool active, const float out[16]) {
+  if (!active) return;
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) {
+    const uint32_t column = first + 8 * i;
+    if constexpr (kIsWhole) {
+      *reinterpret_cast<Words2*>(row + column) = Words2{{bits_of(out[2 * i]), bits_of(out[2 * i + 1])}};
+    } else {
+      if (column < cols) row[column] = out[2 * i];
+      if (column + 1 < cols) row[column + 1] = out[2 * i + 1];
+    }
+  }
+}
+
+// The four lanes of a 64-column block hold 4-byte pairs; where all are whole, neighbours exchange half of them, so that
+// each writes 8 bytes and the block whole sectors of 32. All lanes of a warp must call, `active` or not.
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE void store_columns(T* row, uint32_t first, uint32_t cols, bool active, const float out[16]) {
+  uint32_t pair[8];
+#pragma unroll
+  for (uint32_t i = 0; i < 8; ++i) pair[i] = narrowed_pair(row, out[2 * i], out[2 * i + 1]);
+  if constexpr (kIsWhole) {
+    const bool odd = threadIdx.x & 1;
+    T* to = row + first + (odd ? 6 : 0);
+#pragma unroll
+    for (uint32_t m = 0; m < 4; ++m) {
+      const uint32_t mine = odd ? pair[2 * m + 1] : pair[2 * m], other = odd ? pair[2 * m] : pair[2 * m + 1];
+      const uint32_t received = __shfl_xor_sync(kFullWarp, other, 1);
+      if (active) *reinterpret_cast<Words2*>(to + 16 * m) = Words2{{odd ? received : mine, odd ? mine : received}};
+    }
+  } else if (active) {
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) {
+      const uint32_t column = first + j / 2 * 8 + j % 2;
+      if (column < cols) row[column].bits = uint16_t(pair[j / 2] >> (16 * (j % 2)));
+    }
+  }
+}
+
+// error = round(y' + bias) - round(y + bias).
+enum NoiseSum { kNoise, kNoiseSquare, kCleanSquare, kCleanFourth, kNoisyElements, kNoiseSums };
+
+struct NoiseSums {
+  double sum[kNoisyElements];
+  uint32_t elements;
+
+  // The difference of two rounded values that lie near each other is exact in f32; else it has f32's places.
+  __device__ void add(float clean, float noise) {
+    const double error = noise, square = double(clean) * double(clean);
+    sum[kNoise] += error;
+    sum[kNoiseSquare] += error * error;
+    sum[kCleanSquare] += square;
+    sum[kCleanFourth] += square * square;
+  }
+};
+
+template <bool kIsWhole, typename Out>
+TEMPER_DEVICE void add_to_sums(const Out* dtype, uint32_t first, uint32_t cols, const float clean[16],
+                               const float exact[16], const float noisy[16], NoiseSums& sums) {
+#pragma unroll
+  for (uint32_t j = 0; j < 16; ++j) {
+    if (!kIsWhole && first + j / 2 * 8 + j % 2 >= cols) continue;
+    sums.add(clean[j], rounded(dtype, noisy[j]) - rounded(dtype, exact[j]));
+    if (!kIsWhole) ++sums.elements;
+  }
+  if (kIsWhole) sums.elements += 16;
+}
+
+// Adds the block's to sums [kNoiseSums]. Every thread must call; scratch [kWarps] is shared memory.
+template <uint32_t kWarps_>
+TEMPER_DEVICE void add_noise_sums(const NoiseSums& sums, double* scratch, double* to) {
+#pragma unroll
+  for (int s = 0; s < kNoiseSums; ++s) {
+    add_block<kWarps_>(s == kNoisyElements ? sums.elements : sums.sum[s], scratch, &to[s]);
+  }
+}
+
+// What all columns of a matrix share.
+struct ColumnsCall {
+  uint64_t seed;
+  uint32_t stream, law;
+  float scale;
+  const float* bias;  // [cols], or null
+  bool accumulates;   // out += law(y), f32 alone and without bias
+  bool is_measured;
+};
+
+// y becomes the output. first: this thread's first column, 64 block + 2q. kIsWhole: the block lies below `cols`, and out and
+// bias are aligned to 8 bytes.
+template <bool kIsWhole, typename Out>
+TEMPER_DEVICE void finish_columns(const ColumnsCall& call, uint64_t key, Out* row, uint32_t first, uint32_t cols,
+                                  bool active, float y[16], NoiseSums& sums) {
+  float out[16];
+  if (call.law == kNoError) {
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) out[j] = y[j];
+  } else {
+    normals_of_call(call.seed, call.stream, key, first / 64 * 4 + first % 8 / 2, out);
+    apply_error_law(call.law, call.scale, y, out);
+  }
+  if (call.bias == nullptr) {
+    if (call.is_measured && active) add_to_sums<kIsWhole>(row, first, cols, y, y, out, sums);
+  } else {
+    float exact[16];
+    load_columns<kIsWhole>(call.bias, first, cols, exact);
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) {
+      out[j] += exact[j];
+      exact[j] += y[j];
+    }
+    if (call.is_measured && active) add_to_sums<kIsWhole>(row, first, cols, y, exact, out, sums);
+  }
+  if constexpr (sizeof(Out) == 4) {
+    if (call.accumulates && active) {
+      load_columns<kIsWhole>(row, first, cols, y);
+#pragma unroll
+      for (uint32_t j = 0; j < 16; ++j) out[j] = y[j] + out[j];
+    }
+  }
+  store_columns<kIsWhole>(row, first, cols, active, out);
+}

@@ -1,0 +1,162 @@
+//! The launch of kernels/matmul_*.cu: its argument struct, name and grid.
+
+use std::ffi::c_void;
+
+use tch::{Device, Kind, Tensor};
+
+use super::Layout;
+use super::tile::Choice;
+use crate::ops::cuda::launch::Launch;
+use crate::ops::cuda::noise::{NO_ERROR, law_number};
+use crate::ops::matmul_error::ErrorDraw;
+use crate::{Error, Result};
+
+/// `MatmulArgs` of kernels/include/matmul.cuh.
+#[repr(C)]
+struct MatmulArgs {
+    a: *const c_void,
+    b: *const c_void,
+    c: *mut c_void,
+    bias: *const c_void,
+    keys: u64,
+    seed: u64,
+    sums: *mut c_void,
+    partials: *mut c_void,
+    tickets: *mut c_void,
+    m: u32,
+    n: u32,
+    k: u32,
+    law: u32,
+    stream: u32,
+    scale: f32,
+    flags: u32,
+    tiles_m: u32,
+    tiles_n: u32,
+    splits: u32,
+    split_k: u32,
+    unused: u32,
+}
+
+/// `MatmulFlags`.
+const KEY_LIST: u32 = 1;
+const ALIGNED_A: u32 = 2;
+const ALIGNED_B: u32 = 4;
+const ALIGNED_C: u32 = 8;
+const F32: u32 = 16;
+const ADDS: u32 = 32;
+const A_ROWS_LAST: u32 = 64;
+const B_ROWS_LAST: u32 = 128;
+
+/// A checked product.
+pub struct Call {
+    pub layout: Layout,
+    pub kind: Kind,
+    pub choice: Choice,
+    pub a: *mut c_void,
+    pub b: *mut c_void,
+    pub c: *mut c_void,
+    pub bias: *mut c_void,
+    pub sums: *mut c_void,
+    pub keys: u64,
+    /// i64 [m], or null: then row r has `keys` + r.
+    pub key_list: *mut c_void,
+}
+
+impl Call {
+    /// What splits need: their sums f32, and a counter of each tile, zero.
+    pub fn workspace(&self, sizes: (i64, i64, i64), device: Device) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if self.choice.splits == 1 {
+            return Ok((None, None));
+        }
+        let (tiles_m, tiles_n) = self.tiles(sizes);
+        let tiles = i64::from(tiles_m) * i64::from(tiles_n);
+        let area = i64::from(self.choice.tile.m * self.choice.tile.n);
+        let partials = Tensor::f_empty([tiles * i64::from(self.choice.splits) * area], (Kind::Float, device))?;
+        Ok((Some(partials), Some(Tensor::f_zeros([tiles], (Kind::Int, device))?)))
+    }
+
+    pub fn launch(
+        &mut self,
+        (m, n, k): (i64, i64, i64),
+        error: Option<&ErrorDraw>,
+        is_f32: bool,
+        adds: bool,
+        partials: &Option<Tensor>,
+        tickets: &Option<Tensor>,
+    ) -> Result<Launch> {
+        let (tiles_m, tiles_n) = self.tiles((m, n, k));
+        let Choice { tile, splits } = self.choice;
+        let blocks = u64::from(tiles_m) * u64::from(tiles_n) * u64::from(splits);
+        let (Ok(m), Ok(n), Ok(k), Ok(blocks)) =
+            (u32::try_from(m), u32::try_from(n), u32::try_from(k), u32::try_from(blocks))
+        else {
+            return Err(Error::Runtime(format!("matmul: [{m}, {k}] x [{k}, {n}] is too large for one launch")));
+        };
+        let size = self.kind.elt_size_in_bytes();
+        // The last dimension of each operand.
+        let (last_a, last_b) = match self.layout {
+            Layout::Nt => (k, k),
+            Layout::Nn => (k, n),
+            Layout::Tn => (m, n),
+        };
+        let aligned = |pointer: *mut c_void, last: u32, size: usize, to: usize| {
+            (pointer as usize).is_multiple_of(to) && (last as usize * size).is_multiple_of(to)
+        };
+        let out_size = if is_f32 { 4 } else { size };
+        let flag = |on: bool, bit: u32| if on { bit } else { 0 };
+        let flags = flag(!self.key_list.is_null(), KEY_LIST)
+            | flag(aligned(self.a, last_a, size, 16), ALIGNED_A)
+            | flag(aligned(self.b, last_b, size, 16), ALIGNED_B)
+            | flag(aligned(self.c, n, out_size, 8) && aligned(self.bias, 0, 0, 8), ALIGNED_C)
+            | flag(is_f32, F32)
+            | flag(adds, ADDS)
+            | flag(self.layout == Layout::Tn, A_ROWS_LAST)
+            | flag(self.layout != Layout::Nt, B_ROWS_LAST);
+        let pointer = |tensor: &Option<Tensor>| tensor.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
+        let args = MatmulArgs {
+            a: self.a,
+            b: self.b,
+            c: self.c,
+            bias: self.bias,
+            keys: if self.key_list.is_null() { self.keys } else { self.key_list as u64 },
+            seed: error.map_or(0, |draw| draw.seed),
+            sums: self.sums,
+            partials: pointer(partials),
+            tickets: pointer(tickets),
+            m,
+            n,
+            k,
+            law: error.map_or(NO_ERROR, |draw| law_number(draw.law)),
+            stream: error.map_or(0, |draw| draw.stream),
+            scale: error.map_or(0.0, |draw| draw.scale),
+            flags,
+            tiles_m,
+            tiles_n,
+            splits,
+            split_k: self.choice.split_k(i64::from(k)),
+            unused: 0,
+        };
+        let (file, kernel) = self.kernel();
+        Ok(Launch::new(file, kernel, blocks, &args).with_blocks_of(tile.threads, tile.shared_bytes))
+    }
+
+    fn tiles(&self, (m, n, _): (i64, i64, i64)) -> (u32, u32) {
+        let tile = self.choice.tile;
+        ((m as u32).div_ceil(tile.m), (n as u32).div_ceil(tile.n))
+    }
+
+    /// File and name.
+    fn kernel(&self) -> (&'static str, String) {
+        let (file, layout) = match self.layout {
+            Layout::Nt => ("matmul_nt", "nt"),
+            Layout::Nn => ("matmul_nn", "nn"),
+            Layout::Tn => ("matmul_tn", "tn"),
+        };
+        let (m, n) = (self.choice.tile.m, self.choice.tile.n);
+        match self.kind {
+            Kind::BFloat16 => (file, format!("matmul_{layout}_{m}x{n}_bf16")),
+            Kind::Half => (file, format!("matmul_{layout}_{m}x{n}_f16")),
+            _ => ("matmul_f32", "matmul_f32".to_string()),
+        }
+    }
+}
