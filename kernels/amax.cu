@@ -35,23 +35,26 @@ TEMPER_DEVICE void enter_tensor_amax(float* amax, uint32_t b, uint32_t* scratch)
 
 // Blocks of kBlock; 0: of whole rows, NaN and infinity included, and the result is the row's.
 template <typename T, uint32_t kBlock, bool kIsWhole>
-TEMPER_DEVICE void amax_of_tile(const FakeQuantTensor& t, const Tile& tile, uint32_t* scratch) {
-  constexpr uint32_t kOctets = kTileOctets / kBlockThreads;
+TEMPER_DEVICE void amax_of_tile(const FakeQuantTensor& t, uint32_t octets_of_thread, uint32_t* scratch) {
   constexpr bool kOfRows = kBlock == 0;
-  Octet<T> x[kOctets];
+  const uint32_t first = (blockIdx.x - t.first_tile) * octets_of_thread * kBlockThreads + threadIdx.x;
+  const auto place = [&](uint32_t i) {
+    const Place place = place_of<kIsWhole>(t, first + i * kBlockThreads);
+    return Place{place.at, place.inside && i < octets_of_thread};
+  };
+  Octet<T> x[kMostOctetsOfThread];
 #pragma unroll
-  for (uint32_t i = 0; i < kOctets; ++i) x[i] = load_at<T, kIsWhole>(t, tile.place<kIsWhole>(t, i));
+  for (uint32_t i = 0; i < kMostOctetsOfThread; ++i) x[i] = load_at<T, kIsWhole>(t, place(i));
   uint32_t largest = 0;
 #pragma unroll
-  for (uint32_t i = 0; i < kOctets; ++i) {
+  for (uint32_t i = 0; i < kMostOctetsOfThread; ++i) {
     uint32_t b = octet_amax(x[i]);
     if (!kOfRows && __any_sync(kFullWarp, b >= kInfinityBits)) {
       const uint32_t of_block = group_max(b, 1, kBlock / 8);
       b = of_block >= kInfinityBits ? 0 : b;
     }
     if (kOfRows || t.flags & kAmaxPerRow) {
-      const Place place = tile.place<kIsWhole>(t, i);
-      enter_row_amax(kOfRows ? static_cast<float*>(t.of_rows) : t.amax, t.row(place.at), place.inside, b);
+      enter_row_amax(kOfRows ? static_cast<float*>(t.of_rows) : t.amax, t.row(place(i).at), place(i).inside, b);
     } else {
       largest = b > largest ? b : largest;
     }
@@ -62,19 +65,18 @@ TEMPER_DEVICE void amax_of_tile(const FakeQuantTensor& t, const Tile& tile, uint
 template <typename T, uint32_t kBlock>
 TEMPER_DEVICE void amax_by_rows(const FakeQuantBatch& batch, uint32_t* scratch) {
   const FakeQuantTensor& t = batch.tensors[tensor_of_tile(batch.tensors, batch.count, blockIdx.x)];
-  const Tile tile(t);
-  if (tile.is_whole) {
-    amax_of_tile<T, kBlock, true>(t, tile, scratch);
+  if (t.flags & kWhole) {
+    amax_of_tile<T, kBlock, true>(t, batch.octets_of_thread, scratch);
   } else {
-    amax_of_tile<T, kBlock, false>(t, tile, scratch);
+    amax_of_tile<T, kBlock, false>(t, batch.octets_of_thread, scratch);
   }
 }
 
 template <typename T>
 TEMPER_DEVICE void amax_by_squares(const FakeQuantBatch& batch, uint32_t* amaxes, uint32_t* scratch) {
   const FakeQuantTensor& t = batch.tensors[tensor_of_tile(batch.tensors, batch.count, blockIdx.x)];
-  const SquareTiles<16> tile(t);
-  const Octet<T> x = tile.is_whole ? load_at<T, true>(t, tile.place) : load_at<T, false>(t, tile.place);
+  const Place place = SquareTiles<16>::place(t, blockIdx.x);
+  const Octet<T> x = t.flags & kWhole ? load_at<T, true>(t, place) : load_at<T, false>(t, place);
   const uint32_t b = SquareTiles<16>::amax(octet_amax(x), amaxes);
   enter_tensor_amax(t.amax, b >= kInfinityBits ? 0 : b, scratch);
 }

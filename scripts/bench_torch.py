@@ -24,6 +24,7 @@ import torch
 SHAPES = "8960x1536,1536x8960,18944x3584,65536x8192"
 PRODUCTS = "4096x8960,16384x8960"
 ROTATED_BYTES = 256 << 20
+WINDOW_US = 1000
 
 
 def to_e2m1(a, stochastic=False):
@@ -81,31 +82,34 @@ QUANTIZERS = {"fake_quant mxfp4": mxfp4, "fake_quant mxfp4:sr": mxfp4_sr, "fake_
 
 
 def time_us(run, inputs, device, rounds=30):
-    """Median microseconds of run(x) over inputs in turns."""
-    for x in inputs[:2]:
-        run(x)
-    times = []
-    for i in range(rounds):
-        x = inputs[i % len(inputs)]
-        if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            run(x)
-            end.record()
-            end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end))
-        else:
+    """Median microseconds of run(x) over inputs in turns; on cuda several calls to a pair of events, so that what stands
+    between them is the device's time and not that of the first launch after a wait."""
+
+    def window(first, calls):
+        if device != "cuda":
             begin = time.perf_counter()
-            run(x)
-            times.append(1e6 * (time.perf_counter() - begin))
-    return statistics.median(times)
+            for i in range(calls):
+                run(inputs[(first + i) % len(inputs)])
+            return 1e6 * (time.perf_counter() - begin) / calls
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for i in range(calls):
+            run(inputs[(first + i) % len(inputs)])
+        end.record()
+        end.synchronize()
+        return 1e3 * begin.elapsed_time(end) / calls
+
+    window(0, 3)
+    calls = min(100, max(1, round(WINDOW_US / window(0, 1)))) if device == "cuda" else 1
+    return statistics.median(window(i * calls, calls) for i in range(rounds))
 
 
 def measure(name, function, shape, dtype, device):
     size = shape[0] * shape[1] * torch.finfo(dtype).bits // 8
     count = max(2, -(-ROTATED_BYTES // size)) if device == "cuda" else 2
     inputs = [(torch.randn(shape, device=device) * 0.02).to(dtype) for _ in range(count)]
-    compiled = torch.compile(function)
+    torch._dynamo.reset()  # else the second shape would compile for any
+    compiled = torch.compile(function, dynamic=False)
     if "sr" not in name and "noise" not in name:
         same = torch.equal(function(inputs[0]), compiled(inputs[0]))
         if not same:

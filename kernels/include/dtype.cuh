@@ -171,33 +171,35 @@ TEMPER_DEVICE void store_ragged(T* row, uint32_t column, uint32_t cols, const Oc
   }
 }
 
-// The larger magnitudes of two words; NaN wins over everything.
-TEMPER_DEVICE uint32_t larger_magnitudes(const float*, uint32_t a, uint32_t b) {
-#ifdef TEMPER_CUDA
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(fabsf(float_of(a))), "f"(fabsf(float_of(b))));
-  return bits_of(larger);
-#else
-  a &= ~kSignBit, b &= ~kSignBit;
-  return a > b ? a : b;
-#endif
-}
-// Of pairs of 16 bits. As integers magnitudes have the order of their values, NaN above infinity.
-#ifdef TEMPER_CUDA
-TEMPER_DEVICE uint32_t larger_magnitudes(const Bf16*, uint32_t a, uint32_t b) {
-  uint32_t larger;
-  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(larger) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
-  return larger;
-}
-TEMPER_DEVICE uint32_t larger_magnitudes(const F16*, uint32_t a, uint32_t b) {
-  uint32_t larger;
-  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(larger) : "r"(a & 0x7fff7fffu), "r"(b & 0x7fff7fffu));
-  return larger;
-}
-#else
+// The magnitudes of a word: of one f32, or of two values of 16 bits.
+TEMPER_DEVICE uint32_t magnitudes(const float*, uint32_t word) { return word & ~kSignBit; }
 template <typename T>
-uint32_t larger_magnitudes(const T*, uint32_t a, uint32_t b) {
-  a &= 0x7fff7fffu, b &= 0x7fff7fffu;
+TEMPER_DEVICE uint32_t magnitudes(const T*, uint32_t word) {
+  return word & 0x7fff7fffu;
+}
+
+// The larger of the magnitudes of two words; NaN wins over everything. As integers magnitudes have the order of their values,
+// NaN above infinity.
+#ifdef TEMPER_CUDA
+TEMPER_DEVICE uint32_t larger(const float*, uint32_t a, uint32_t b) {
+  float max;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(max) : "f"(float_of(a)), "f"(float_of(b)));
+  return bits_of(max);
+}
+TEMPER_DEVICE uint32_t larger(const Bf16*, uint32_t a, uint32_t b) {
+  uint32_t max;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+  return max;
+}
+TEMPER_DEVICE uint32_t larger(const F16*, uint32_t a, uint32_t b) {
+  uint32_t max;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+  return max;
+}
+#else
+TEMPER_DEVICE uint32_t larger(const float*, uint32_t a, uint32_t b) { return a > b ? a : b; }
+template <typename T>
+uint32_t larger(const T*, uint32_t a, uint32_t b) {
   const uint32_t low_a = a & 0xffffu, low_b = b & 0xffffu, high_a = a >> 16, high_b = b >> 16;
   return (high_a > high_b ? high_a : high_b) << 16 | (low_a > low_b ? low_a : low_b);
 }
@@ -211,11 +213,11 @@ TEMPER_DEVICE uint32_t octet_amax(const Octet<T>& x) {
   const T* dtype = nullptr;
   uint32_t word[kWords];
 #pragma unroll
-  for (int w = 0; w < kWords; ++w) word[w] = x.vector[w / 4].w[w % 4];
+  for (int w = 0; w < kWords; ++w) word[w] = magnitudes(dtype, x.vector[w / 4].w[w % 4]);
 #pragma unroll
   for (int half = kWords / 2; half > 0; half /= 2) {
 #pragma unroll
-    for (int w = 0; w < half; ++w) word[w] = larger_magnitudes(dtype, word[w], word[w + half]);
+    for (int w = 0; w < half; ++w) word[w] = larger(dtype, word[w], word[w + half]);
   }
   if constexpr (sizeof(T) == 4) {
     return word[0];

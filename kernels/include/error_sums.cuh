@@ -46,9 +46,14 @@ struct ErrorSums {
     add_block(deadzone, scratch, &sums[kDeadzone]);
     add_block(saturated, scratch, &sums[kSaturated]);
     add_block(nonfinite, scratch, &sums[kNonfinite]);
-    if (max_error > 0.0) {
-      unsigned long long bits;  // of magnitudes: ordered as they are
-      memcpy(&bits, &max_error, 8);
+    unsigned long long bits;  // of magnitudes: ordered as they are
+    memcpy(&bits, &max_error, 8);
+#pragma unroll
+    for (uint32_t delta = kWarpSize / 2; delta > 0; delta /= 2) {
+      const unsigned long long other = __shfl_down_sync(kFullWarp, bits, delta);
+      bits = other > bits ? other : bits;
+    }
+    if (threadIdx.x % kWarpSize == 0 && bits != 0) {
       atomicMax(reinterpret_cast<unsigned long long*>(&sums[kMaxError]), bits);
     }
   }

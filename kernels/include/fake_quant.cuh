@@ -58,8 +58,8 @@ TEMPER_DEVICE double squared_error(const float x[8], const BlockScale& scale) {
   return square[0];
 }
 
-// What a thread carries from octet to octet of one tensor. kBlockRows: rows that share a block scale; kIsWhole: every
-// octet lies inside, whole, and octets are consecutive in memory.
+// What a thread carries from octet to octet of one tensor. kBlockRows: rows that share a block scale; kIsWhole: the tensor's
+// flag kWhole.
 template <typename T, class Format, bool kErrors, uint32_t kBlockRows, bool kIsWhole>
 struct Quantizer {
   using Grid = typename Format::Grid;
@@ -71,19 +71,17 @@ struct Quantizer {
   __device__ Quantizer(const FakeQuantBatch& batch_, uint32_t tensor)
       : batch(batch_), t(batch_.tensors[tensor]), nonfinite(0), errors{} {}
 
-  // What scale() wants of the tensor: G in nvfp4.
-  __device__ float tensor_scale(const Place& place) const {
-    if (t.amax == nullptr) return 1.0f;
+  __device__ TensorScale tensor_scale(const Place& place) const {
+    if (t.amax == nullptr) return TensorScale{1.0f, 1.0f};
     const bool per_row = t.flags & kAmaxPerRow && place.inside;
-    return Format::tensor_scale(batch.rounding, t.amax[per_row ? t.row(place.at) : 0]);
+    return Format::tensor(batch.rounding, t.amax[per_row ? t.row(place.at) : 0]);
   }
 
   // Quantizes an octet of a block of amax b (bits), and writes what is asked for. All lanes of a warp must call.
-  __device__ void quantize(const Octet<T>& x, const Place& place, uint32_t b, float tensor) {
+  __device__ void quantize(const Octet<T>& x, const Place& place, uint32_t b, const TensorScale& tensor) {
     const bool is_nonfinite = b >= kInfinityBits;
     const float amax = is_nonfinite ? 0.0f : float_of(b);
-    // The two-level formats know no rule, the others no rounding.
-    BlockScale scale = Format::scale(Format::kBlock == 16 ? batch.rounding : batch.rule, amax, tensor);
+    BlockScale scale = Format::scale(batch.rule, amax, tensor);
     if constexpr (Format::kTwoCandidates) {
       float wide[8];
 #pragma unroll
@@ -91,7 +89,7 @@ struct Quantizer {
       const BlockScale other = Format::other_scale(amax, tensor);
       if (squared_error<Format>(wide, other) < squared_error<Format>(wide, scale)) scale = other;
     }
-    if (!kIsWhole && !place.inside) return;  // nothing below concerns other lanes
+    if (!place.inside) return;  // nothing below concerns other lanes
     if (is_nonfinite) scale.decode = not_a_number();
     float value[8], y[8];  // magnitudes of the grid; signed
     uint32_t saturated = 0;
@@ -103,7 +101,7 @@ struct Quantizer {
     if (t.codes != nullptr) store_codes(x, place, is_nonfinite, value);
     if (is_nonfinite || t.scales != nullptr) finish_block(place, is_nonfinite, scale);
     if constexpr (kErrors) {
-      const uint32_t columns = kIsWhole ? 8 : t.cols - t.column(place.at);
+      const uint32_t columns = kIsWhole ? 8 : t.cols - t.column(place.at, t.row(place.at));
 #pragma unroll
       for (uint32_t i = 0; i < 8; ++i) {
         if (i < columns) errors.add(element(x, i), element(out, i), !is_nonfinite && saturated >> i & 1);
@@ -139,7 +137,7 @@ struct Quantizer {
       const uint64_t* keys = static_cast<const uint64_t*>(t.of_rows);
       const uint64_t key = keys == nullptr ? t.first_key + row : keys[row];
       float u[8];
-      uniforms_of_octet(batch.rounding, batch.seed, t.stream, key, t.column(place.at), u);
+      uniforms_of_octet(batch.rounding, batch.seed, t.stream, key, t.column(place.at, row), u);
 #pragma unroll
       for (int i = 0; i < 8; ++i) value[i] = round_stochastic<Grid>(value[i], u[i]);
     } else if (batch.rounding == kHalfAway) {
@@ -155,7 +153,7 @@ struct Quantizer {
   __device__ void store_codes(const Octet<T>& x, const Place& place, bool is_nonfinite, const float value[8]) const {
     constexpr bool kNibbles = Grid::kMantissaBits == 1;
     constexpr uint32_t kBytes = kNibbles ? 4 : 8;  // of an octet
-    const uint32_t column = kIsWhole ? 0 : t.column(place.at);
+    const uint32_t row = kIsWhole ? 0 : t.row(place.at), column = kIsWhole ? 0 : t.column(place.at, row);
     Words2 packed = {{0, 0}};
 #pragma unroll
     for (uint32_t i = 0; i < 8; ++i) {
@@ -177,7 +175,7 @@ struct Quantizer {
       return;
     }
     const uint32_t row_bytes = kNibbles ? (t.cols + 1) / 2 : t.cols, first = kNibbles ? column / 2 : column;
-    uint8_t* to = t.codes + uint64_t(t.row(place.at)) * row_bytes + first;
+    uint8_t* to = t.codes + uint64_t(row) * row_bytes + first;
 #pragma unroll
     for (uint32_t b = 0; b < kBytes; ++b) {
       if (first + b < row_bytes) to[b] = uint8_t(packed.w[b / 4] >> (8 * (b % 4)));
@@ -187,10 +185,11 @@ struct Quantizer {
   // By the lane of the block's first octet: its scale, and whether it is finite.
   __device__ void finish_block(const Place& place, bool is_nonfinite, const BlockScale& scale) {
     if constexpr (Format::kBlock == 0) {
-      if (t.column(place.at) != 0) return;
+      const uint32_t row = t.row(place.at);
+      if (t.column(place.at, row) != 0) return;
       nonfinite += is_nonfinite;
       if (t.scales == nullptr) return;
-      static_cast<float*>(t.scales)[t.row(place.at)] = scale.decode;
+      static_cast<float*>(t.scales)[row] = scale.decode;
     } else {
       constexpr uint32_t kOctets = Format::kBlock / 8;
       if (place.at % kOctets != 0) return;
@@ -202,15 +201,18 @@ struct Quantizer {
   }
 };
 
+// A block of threads takes a tile of octets_of_thread * kBlockThreads octets. Enough blocks live on a multiprocessor that one's
+// loads hide behind others' arithmetic.
 template <typename T, class Format, bool kErrors, bool kIsWhole>
-TEMPER_DEVICE void fake_quant_tile(const FakeQuantBatch& batch, uint32_t tensor, const Tile& tile, double* scratch) {
+TEMPER_DEVICE void fake_quant_tile(const FakeQuantBatch& batch, uint32_t tensor, double* scratch) {
   Quantizer<T, Format, kErrors, 1, kIsWhole> quantizer(batch, tensor);
   const FakeQuantTensor& t = quantizer.t;
-  float g = quantizer.tensor_scale(Place{0, false});
+  uint32_t at = (block_from_the_end() - t.first_tile) * batch.octets_of_thread * kBlockThreads + threadIdx.x;
+  Place place = place_of<kIsWhole>(t, at);
+  Octet<T> x = load_at<T, kIsWhole>(t, place);
+  TensorScale scale = quantizer.tensor_scale(Place{0, false});
 #pragma unroll 1
-  for (uint32_t number = 0; number < kTileOctets / kBlockThreads; ++number) {
-    const Place place = tile.place<kIsWhole>(t, number);
-    const Octet<T> x = load_at<T, kIsWhole>(t, place);
+  for (uint32_t left = batch.octets_of_thread;;) {
     uint32_t b;
     if constexpr (Format::kBlock == 0) {
       // Row and tensor amaxes are there; a row with NaN or infinity shows it in its own.
@@ -218,44 +220,45 @@ TEMPER_DEVICE void fake_quant_tile(const FakeQuantBatch& batch, uint32_t tensor,
       b = bits_of(t.amax != nullptr && bits_of(of_row) < kInfinityBits ? t.amax[0] : of_row);
     } else {
       b = group_max(octet_amax(x), 1, Format::kBlock / 8);
-      if (t.flags & kAmaxPerRow) g = quantizer.tensor_scale(place);
+      if (t.flags & kAmaxPerRow) scale = quantizer.tensor_scale(place);
     }
-    quantizer.quantize(x, place, b, g);
+    quantizer.quantize(x, place, b, scale);
+    if (--left == 0) break;
+    at += kBlockThreads;
+    place = place_of<kIsWhole>(t, at);
+    x = load_at<T, kIsWhole>(t, place);
   }
   quantizer.finish(scratch);
 }
 
-// A block of threads takes a tile. Enough blocks live on a multiprocessor that one's loads hide behind others' arithmetic.
 template <typename T, class Format, bool kErrors>
 TEMPER_DEVICE void fake_quant_rows(const FakeQuantBatch& batch, double* scratch) {
-  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
-  const Tile tile(batch.tensors[tensor]);
-  if (tile.is_whole) {
-    fake_quant_tile<T, Format, kErrors, true>(batch, tensor, tile, scratch);
+  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, block_from_the_end());
+  if (batch.tensors[tensor].flags & kWhole) {
+    fake_quant_tile<T, Format, kErrors, true>(batch, tensor, scratch);
   } else {
-    fake_quant_tile<T, Format, kErrors, false>(batch, tensor, tile, scratch);
+    fake_quant_tile<T, Format, kErrors, false>(batch, tensor, scratch);
   }
 }
 
 template <typename T, class Format, bool kErrors, bool kIsWhole>
-TEMPER_DEVICE void fake_quant_square(const FakeQuantBatch& batch, uint32_t tensor, const Place& place,
-                                     uint32_t* amaxes, double* scratch) {
+TEMPER_DEVICE void fake_quant_square(const FakeQuantBatch& batch, uint32_t tensor, uint32_t* amaxes, double* scratch) {
+  using Tiles = SquareTiles<Format::kBlock>;
   Quantizer<T, Format, kErrors, Format::kBlock, kIsWhole> quantizer(batch, tensor);
+  const Place place = Tiles::place(quantizer.t, block_from_the_end());
   const Octet<T> x = load_at<T, kIsWhole>(quantizer.t, place);
-  const uint32_t b = SquareTiles<Format::kBlock>::amax(octet_amax(x), amaxes);
+  const uint32_t b = Tiles::amax(octet_amax(x), amaxes);
   quantizer.quantize(x, place, b, quantizer.tensor_scale(place));
   quantizer.finish(scratch);
 }
 
 template <typename T, class Format, bool kErrors>
 TEMPER_DEVICE void fake_quant_squares(const FakeQuantBatch& batch, uint32_t* amaxes, double* scratch) {
-  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, blockIdx.x);
-  const FakeQuantTensor& t = batch.tensors[tensor];
-  const SquareTiles<Format::kBlock> tile(t);
-  if (tile.is_whole) {
-    fake_quant_square<T, Format, kErrors, true>(batch, tensor, tile.place, amaxes, scratch);
+  const uint32_t tensor = tensor_of_tile(batch.tensors, batch.count, block_from_the_end());
+  if (batch.tensors[tensor].flags & kWhole) {
+    fake_quant_square<T, Format, kErrors, true>(batch, tensor, amaxes, scratch);
   } else {
-    fake_quant_square<T, Format, kErrors, false>(batch, tensor, tile.place, amaxes, scratch);
+    fake_quant_square<T, Format, kErrors, false>(batch, tensor, amaxes, scratch);
   }
 }
 

@@ -22,23 +22,24 @@ enum Rounding : uint32_t { kNearestEven = 0, kHalfAway = 1, kStochastic16 = 2, k
 
 TEMPER_DEVICE bool is_stochastic(uint32_t rounding) { return rounding == kStochastic16 || rounding == kStochastic8; }
 
-// The bits of 2^e, e the exponent of a or the grid's smallest.
+// 2^e, e the exponent of a or the grid's smallest. What follows from it is made by multiplications, which are exact and leave
+// the integer pipe, the busier one, alone.
 template <class Grid>
-TEMPER_DEVICE uint32_t binade_of(float a) {
+TEMPER_DEVICE float binade_of(float a) {
   const uint32_t exponent = bits_of(a) & kInfinityBits, least = uint32_t(127 + Grid::kMinExponent) << 23;
-  return exponent > least ? exponent : least;
+  return float_of(exponent > least ? exponent : least);
 }
 
-// The distance of neighbours in a binade.
+// The distance of neighbours in a binade, over the binade.
 template <class Grid>
-TEMPER_DEVICE float step_of(uint32_t binade) {
-  return float_of(binade - (Grid::kMantissaBits << 23));
+TEMPER_DEVICE constexpr float step_ratio() {
+  return 1.0f / (1 << Grid::kMantissaBits);
 }
 
 // M: 1.5 * 2^23 steps.
 template <class Grid>
-TEMPER_DEVICE float steps_of(uint32_t binade) {
-  return float_of(binade + ((23 - Grid::kMantissaBits) << 23 | 0x400000));
+TEMPER_DEVICE float steps_of(float binade) {
+  return binade * (12582912.0f * step_ratio<Grid>());
 }
 
 // a <= Grid::kMax, as below.
@@ -50,25 +51,23 @@ TEMPER_DEVICE float round_nearest_even(float a) {
 
 template <class Grid>
 TEMPER_DEVICE float round_half_away(float a) {
-  const uint32_t binade = binade_of<Grid>(a);
-  const float steps = steps_of<Grid>(binade), step = step_of<Grid>(binade);
+  const float binade = binade_of<Grid>(a), steps = steps_of<Grid>(binade), step = binade * step_ratio<Grid>();
   const float rounded = (a + steps) - steps;
   return a - rounded == 0.5f * step ? rounded + step : rounded;  // a tie that went down goes up
 }
 
 template <class Grid>
 TEMPER_DEVICE float round_half_toward_zero(float a) {
-  const uint32_t binade = binade_of<Grid>(a);
-  const float steps = steps_of<Grid>(binade), step = step_of<Grid>(binade);
+  const float binade = binade_of<Grid>(a), steps = steps_of<Grid>(binade), step = binade * step_ratio<Grid>();
   const float rounded = (a + steps) - steps;
   return rounded - a == 0.5f * step ? rounded - step : rounded;  // a tie that went up goes down
 }
 
-// Down from t = a + u step, at most kMax, to a multiple of the step at t. u in [0, 1) in units of 2^-16 or coarser, so
-// that u step is exact and the sum is rounded once, as in the definition.
+// Down from t = a + u step, at most kMax, to a multiple of the step at t. u in [0, 1) in units of 2^-16 or coarser, so that
+// u step is exact and the sum is rounded once, as in the definition.
 template <class Grid>
 TEMPER_DEVICE float round_stochastic(float a, float u) {
-  const float t = fminf(fmaf(u, step_of<Grid>(binade_of<Grid>(a)), a), Grid::kMax);
+  const float t = fminf(fmaf(u * step_ratio<Grid>(), binade_of<Grid>(a), a), Grid::kMax);
   const float steps = steps_of<Grid>(binade_of<Grid>(t));
   return add_toward_zero(t, steps) - steps;
 }

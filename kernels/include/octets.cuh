@@ -6,7 +6,7 @@
 #include "reduce.cuh"
 
 enum FakeQuantFlags : uint32_t {
-  kWhole = 1,  // rows end with a block, and all matrices are aligned to 16 bytes: octets are consecutive in memory
+  kWhole = 1,  // rows end with a block, and all matrices are aligned to 16 bytes: octets are whole, and consecutive in memory
   kAmaxPerRow = 2,
 };
 
@@ -27,11 +27,12 @@ struct FakeQuantTensor {
   Divider by_row;          // divides by octets_of_row
 
   __device__ uint32_t row(uint32_t octet) const { return by_row.divide(octet); }
-  __device__ uint32_t column(uint32_t octet) const { return (octet - row(octet) * octets_of_row) * 8; }
+  __device__ uint32_t column(uint32_t octet, uint32_t row) const { return (octet - row * octets_of_row) * 8; }
 };
 
 struct FakeQuantBatch {
-  uint32_t count, rule, rounding, unused;
+  uint32_t count, rule, rounding;
+  uint32_t octets_of_thread;             // in the kernels that go by rows: a tile has this many times kBlockThreads
   uint64_t seed;
   unsigned long long* nonfinite_blocks;  // [count], added to
   double* sums;                          // [count, kErrorSums], added to; read by the kernels *_errors alone
@@ -39,22 +40,29 @@ struct FakeQuantBatch {
 };
 static_assert(sizeof(FakeQuantBatch) <= 4096, "kernel arguments");
 
-// Octets of a tile of the kernels that go by rows: each thread takes four.
-constexpr uint32_t kTileOctets = 4 * kBlockThreads;
+constexpr uint32_t kMostOctetsOfThread = 4;
 
-// An octet's number in its tensor, and whether it has elements there. kWhole: it is known that it has eight, and that
-// octets are consecutive in memory.
+// An octet's number in its tensor, and whether it has elements there.
 struct Place {
   uint32_t at;
   bool inside;
 };
 
+// kIsWhole: the tensor's flag kWhole.
+template <bool kIsWhole>
+TEMPER_DEVICE Place place_of(const FakeQuantTensor& t, uint32_t at) {
+  bool inside = at < t.rows * t.octets_of_row;
+  if constexpr (!kIsWhole) inside = inside && t.column(at, t.row(at)) < t.cols;
+  return Place{at, inside};
+}
+
 template <typename T, bool kIsWhole>
 TEMPER_DEVICE Octet<T> load_at(const FakeQuantTensor& t, const Place& place) {
+  if (!place.inside) return zero_octet<T>();
   const T* x = static_cast<const T*>(t.x);
   if constexpr (kIsWhole) return load_octet(x + uint64_t(place.at) * 8);
-  if (!place.inside) return zero_octet<T>();
-  return load_ragged(x + uint64_t(t.row(place.at)) * t.cols, t.column(place.at), t.cols);
+  const uint32_t row = t.row(place.at);
+  return load_ragged(x + uint64_t(row) * t.cols, t.column(place.at, row), t.cols);
 }
 
 template <typename T, bool kIsWhole>
@@ -62,27 +70,14 @@ TEMPER_DEVICE void store_at(const FakeQuantTensor& t, T* y, const Place& place, 
   if constexpr (kIsWhole) {
     store_octet(y + uint64_t(place.at) * 8, octet);
   } else {
-    store_ragged(y + uint64_t(t.row(place.at)) * t.cols, t.column(place.at), t.cols, octet);
+    const uint32_t row = t.row(place.at);
+    store_ragged(y + uint64_t(row) * t.cols, t.column(place.at, row), t.cols, octet);
   }
 }
 
-// The tile of kTileOctets octets of a block of threads: kTileOctets / kBlockThreads octets a thread.
-struct Tile {
-  uint32_t first;  // this thread's first octet
-  bool is_whole;   // the same in all threads
-
-  __device__ Tile(const FakeQuantTensor& t) {
-    const uint32_t begin = (blockIdx.x - t.first_tile) * kTileOctets;
-    first = begin + threadIdx.x;
-    is_whole = t.flags & kWhole && begin + kTileOctets <= t.rows * t.octets_of_row;
-  }
-
-  template <bool kIsWhole>
-  __device__ Place place(const FakeQuantTensor& t, uint32_t number) const {
-    const uint32_t at = first + number * kBlockThreads;
-    return Place{at, kIsWhole || (at < t.rows * t.octets_of_row && t.column(at) < t.cols)};
-  }
-};
+// The blocks of a grid in reverse: the last tiles that an amax kernel has read lie in the L2 cache when the kernel that
+// quantizes begins.
+TEMPER_DEVICE uint32_t block_from_the_end() { return gridDim.x - 1 - blockIdx.x; }
 
 // Option 2d: one scale per square tile of kSize rows and columns. A block of threads takes kSize rows and
 // 8 * (kBlockThreads / kSize) columns, a thread one octet; the lanes of a square are spread over all warps.
@@ -93,15 +88,12 @@ struct SquareTiles {
   static constexpr uint32_t kSquares = kAcross / kLanes;      // side by side
   static constexpr uint32_t kScratch = kWarps * kSquares;
 
-  Place place;
-  bool is_whole;  // the same in all threads
-
-  __device__ SquareTiles(const FakeQuantTensor& t) {
-    const uint32_t across = (t.octets_of_row + kAcross - 1) / kAcross, tile = blockIdx.x - t.first_tile;
-    const uint32_t row = tile / across * kSize, octet = tile % across * kAcross;
-    is_whole = t.flags & kWhole && row + kSize <= t.rows && octet + kAcross <= t.octets_of_row;
-    const uint32_t my_row = row + threadIdx.x / kAcross, my_octet = octet + threadIdx.x % kAcross;
-    place = Place{my_row * t.octets_of_row + my_octet, my_row < t.rows && my_octet * 8 < t.cols};
+  // `block`: number of the block of threads in the grid.
+  TEMPER_DEVICE Place place(const FakeQuantTensor& t, uint32_t block) {
+    const uint32_t across = (t.octets_of_row + kAcross - 1) / kAcross, tile = block - t.first_tile;
+    const uint32_t row = tile / across * kSize + threadIdx.x / kAcross;
+    const uint32_t octet = tile % across * kAcross + threadIdx.x % kAcross;
+    return Place{row * t.octets_of_row + octet, row < t.rows && octet * 8 < t.cols};
   }
 
   // The amax of a thread's square. scratch [kScratch] is shared memory; every thread must call, once.
@@ -109,7 +101,7 @@ struct SquareTiles {
     const uint32_t warp = threadIdx.x / kWarpSize, square = threadIdx.x % kAcross / kLanes;
     uint32_t b = group_max(of_octet, 1, kLanes);  // of a row of the square
     b = group_max(b, kAcross, kWarpSize);         // of its rows in this warp
-    if (threadIdx.x % kWarpSize < kAcross) scratch[warp * kSquares + square] = b;
+    if (threadIdx.x % kWarpSize < kAcross && threadIdx.x % kLanes == 0) scratch[warp * kSquares + square] = b;
     __syncthreads();
 #pragma unroll
     for (uint32_t w = 0; w < kWarps; ++w) {

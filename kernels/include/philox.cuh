@@ -12,12 +12,12 @@ TEMPER_DEVICE Words4 philox4x32_7(uint32_t key_lo, uint32_t key_hi, Words4 count
   uint32_t a = counter.x[0], b = counter.x[1], c = counter.x[2], d = counter.x[3];
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    const uint64_t p = uint64_t(0xD2511F53u) * a;
-    const uint64_t q = uint64_t(0xCD9E8D57u) * c;
-    a = uint32_t(q >> 32) ^ b ^ key_lo;
-    b = uint32_t(q);
-    c = uint32_t(p >> 32) ^ d ^ key_hi;
-    d = uint32_t(p);
+    const uint32_t p_low = 0xD2511F53u * a, p_high = high_product(0xD2511F53u, a);
+    const uint32_t q_low = 0xCD9E8D57u * c, q_high = high_product(0xCD9E8D57u, c);
+    a = q_high ^ b ^ key_lo;
+    b = q_low;
+    c = p_high ^ d ^ key_hi;
+    d = p_low;
     key_lo += 0x9E3779B9u;
     key_hi += 0xBB67AE85u;
   }

@@ -30,7 +30,7 @@
 
 // Shared memory whose size the launch gives.
 #ifdef TEMPER_CUDA
-#define TEMPER_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
+#define TEMPER_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
 #else
 #define TEMPER_DYNAMIC_SHARED(name) uint8_t* const name = host::dynamic_shared()
 #endif
@@ -115,7 +115,14 @@ TEMPER_DEVICE int dot_bytes(uint32_t a, uint32_t b, int sum) {
 #endif
 }
 
-TEMPER_DEVICE uint32_t high_product(uint32_t a, uint32_t b) { return uint32_t((uint64_t(a) * b) >> 32); }
+// The upper half of a product; the lower is a * b, and together they are one instruction.
+TEMPER_DEVICE uint32_t high_product(uint32_t a, uint32_t b) {
+#ifdef TEMPER_CUDA
+  return __umulhi(a, b);
+#else
+  return uint32_t((uint64_t(a) * b) >> 32);
+#endif
+}
 
 // Division by a number that the host prepared (src/ops/cuda/batch.rs): n / d for n < 2^31.
 struct Divider {

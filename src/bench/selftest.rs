@@ -2,6 +2,7 @@
 //! where numerics.md says so. Without a GPU the tests run the same checks on the host's build of the kernels.
 
 mod fake_quant;
+mod matmul;
 mod noise;
 
 use serde::Serialize;
@@ -17,12 +18,15 @@ pub struct Sizes {
     pub small: &'static [(usize, usize)],
     /// Checked by values alone.
     pub large: &'static [(usize, usize)],
+    /// (m, n, k) of products.
+    pub products: &'static [(usize, usize, usize)],
 }
 
 /// Of a GPU: with weights of Qwen2.5-1.5B, and with a matrix of over 2^31 bytes.
 pub const GPU: Sizes = Sizes {
     small: &[(1, 1), (3, 15), (7, 250), (33, 96), (64, 1536)],
     large: &[(256, 1536), (1536, 8960), (131_101, 8320)],
+    products: &[(1, 1, 1), (5, 9, 33), (130, 136, 72), (70, 264, 1000), (17, 1536, 2048), (300, 520, 1536)],
 };
 
 /// From this size on only what training does most is checked, in bf16: the rest would take minutes.
@@ -60,6 +64,8 @@ pub fn run(executor: &dyn Executor, sizes: &Sizes, progress: &dyn Fn(&str)) -> R
     fake_quant::checks(executor, sizes, &mut checks)?;
     progress("noise");
     noise::checks(executor, sizes, &mut checks)?;
+    progress("matmul, noisy_linear");
+    matmul::checks(executor, sizes, &mut checks)?;
     Ok(checks)
 }
 

@@ -50,10 +50,10 @@ fn quantized(x: &Tensor, format: Format) -> Result<Tensor> {
             Ok(to_e4m3(&x.f_div(&scale)?, format.rounding)?.f_mul(&scale)?)
         }
         Family::Nvfp4 { four_over_six: true } => {
-            let g = 1536.0 / amax_of(&amax)?;
-            let target = amax.f_mul_scalar(f64::from(g / 6.0))?;
-            let six = nvfp4(x, &target, g, format.rounding)?;
-            let four = nvfp4(x, &target.f_mul_scalar(1.5)?, g, format.rounding)?;
+            let g = encode_scale(1536.0, &amax)?;
+            let target = amax.f_mul(&g.f_div_scalar(6.0)?)?;
+            let six = nvfp4(x, &target, &g, format.rounding)?;
+            let four = nvfp4(x, &target.f_mul_scalar(1.5)?, &g, format.rounding)?;
             let error = |y: &Tensor| -> Result<Tensor> {
                 Ok(y.f_sub(x)?.f_to_kind(Kind::Double)?.f_square()?.f_sum_dim_intlist(
                     [-1i64].as_slice(),
@@ -64,18 +64,20 @@ fn quantized(x: &Tensor, format: Format) -> Result<Tensor> {
             Ok(four.f_where_self(&error(&four)?.f_lt_tensor(&error(&six)?)?, &six)?)
         }
         _ => {
-            let (range, sixth) = match format.rounding.is_stochastic() {
+            let (range, sixth): (f32, f32) = match format.rounding.is_stochastic() {
                 true => (43_008.0 / 17.0, 17.0 / 96.0),
                 false => (2688.0, 1.0 / 6.0),
             };
-            let g = range / amax_of(&amax)?;
-            nvfp4(x, &amax.f_mul_scalar(f64::from(g * sixth))?, g, format.rounding)
+            let g = encode_scale(range, &amax)?;
+            nvfp4(x, &amax.f_mul(&g.f_mul_scalar(f64::from(sixth))?)?, &g, format.rounding)
         }
     }
 }
 
-fn amax_of(amax: &Tensor) -> Result<f32> {
-    Ok(f64::try_from(amax.f_max()?)? as f32)
+/// G, f32 [] on the device: to read it back would stop the chain.
+fn encode_scale(range: f32, amax: &Tensor) -> Result<Tensor> {
+    let largest = amax.f_max()?;
+    Ok(largest.f_full_like(f64::from(range))?.f_div(&largest)?)
 }
 
 /// 2^k from amax = f 2^e, 1/2 <= f < 1: k = e - 1 - emax, one more by rule; `largest` is f of the element's maximum.
@@ -91,9 +93,9 @@ fn mx_scale(amax: &Tensor, rule: MxScaleRule, emax: i64, largest: f64) -> Result
 }
 
 /// Under G, with E4M3 block scales near `target` [blocks, 1].
-fn nvfp4(x: &Tensor, target: &Tensor, g: f32, rounding: Rounding) -> Result<Tensor> {
+fn nvfp4(x: &Tensor, target: &Tensor, g: &Tensor, rounding: Rounding) -> Result<Tensor> {
     let scale = target.f_clamp_max(448.0)?.f_to_kind(Kind::Float8e4m3fn)?.f_to_kind(Kind::Float)?;
-    let decode = scale.f_mul_scalar(f64::from(1.0 / g))?;
+    let decode = scale.f_mul(&g.f_reciprocal()?)?;
     let encode = decode.f_reciprocal()?.f_clamp_max(f64::from(f32::MAX))?;
     let encode = encode.f_masked_fill(&scale.f_eq(0.0)?, 0.0)?;
     Ok(to_e2m1(&x.f_mul(&encode)?, rounding)?.f_mul(&decode)?)

@@ -107,7 +107,7 @@ impl SumsSink {
         state.sums.merge(sums);
     }
 
-    fn device_sums(&self, device: Device) -> Result<Tensor> {
+    pub(super) fn device_sums(&self, device: Device) -> Result<Tensor> {
         let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
         state.calls += 1;
         if state.device_sums.is_none() {

@@ -10,7 +10,10 @@
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_product, accumulate_rows, finish_product};
+use super::cuda::launch::Gpu;
+use super::cuda::matmul::{Layout, Product, matmul};
+use super::cuda::noise::Destination;
+use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_rows, finish_product};
 use crate::numerics::error_law::NoiseSums;
 use crate::{Error, Result};
 
@@ -60,6 +63,22 @@ fn product_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(a.f_mm_dtype(b, Kind::Float)?)
 }
 
+/// The product and its error in one launch of our kernel; a product without error is the library's.
+fn noisy_product(
+    layout: Layout,
+    (a, b): (&Tensor, &Tensor),
+    into: Destination,
+    bias: Option<&Tensor>,
+    draw: &ErrorDraw,
+    keys: &RowKeys,
+    sink: Option<&SumsSink>,
+) -> Result<()> {
+    let sums = sink.map(|sink| sink.device_sums(a.device())).transpose()?;
+    let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
+    let product = Product { layout, a: &a, b: &b, into, bias, error: Some(draw), keys, sums: sums.as_ref() };
+    matmul(&Gpu::of("noisy_linear: x", &a)?, &product)
+}
+
 /// The forward product with its error. No gradient.
 pub fn forward(
     x: &Tensor,
@@ -69,30 +88,40 @@ pub fn forward(
     record: bool,
     out_kind: Kind,
 ) -> Result<Tensor> {
-    let y = product_f32(x, &weight.f_transpose(0, 1)?)?;
     let sink = call.forward.sink.as_ref().filter(|_| record);
+    if let (Some(draw), true) = (&call.forward.draw, x.device() != Device::Cpu) {
+        let out = Tensor::f_empty([x.size()[0], weight.size()[0]], (out_kind, x.device()))?;
+        noisy_product(Layout::Nt, (x, weight), Destination::Store(&out), bias, draw, &call.keys, sink)?;
+        return Ok(out);
+    }
+    let y = product_f32(x, &weight.f_transpose(0, 1)?)?;
     finish_product(y, bias, call.forward.draw.as_ref(), &call.keys, sink, out_kind)
 }
 
 /// dX = law(dY W) in the dtype of `weight`. No gradient.
 pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Result<Tensor> {
-    let dx = product_f32(dy, weight)?;
     let error = &call.dx;
+    if let (Some(draw), true) = (&error.draw, dy.device() != Device::Cpu) {
+        let out = Tensor::f_empty([dy.size()[0], weight.size()[1]], (weight.kind(), dy.device()))?;
+        let into = Destination::Store(&out);
+        noisy_product(Layout::Nn, (dy, weight), into, None, draw, &call.keys, error.sink.as_ref())?;
+        return Ok(out);
+    }
+    let dx = product_f32(dy, weight)?;
     finish_product(dx, None, error.draw.as_ref(), &call.keys, error.sink.as_ref(), weight.kind())
 }
 
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
-    let dy = dy.f_transpose(0, 1)?;
     if dy.device() != Device::Cpu {
-        let dw = product_f32(&dy, x)?;
         return match &call.dw {
             Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
-                accumulate_product(dw, draw, keys, sink.as_ref(), into)
+                noisy_product(Layout::Tn, (dy, x), Destination::Add(into), None, draw, keys, sink.as_ref())
             }
-            _ => into.f_add_(&dw).map(drop).map_err(Error::from),
+            _ => into.f_add_(&product_f32(&dy.f_transpose(0, 1)?, x)?).map(drop).map_err(Error::from),
         };
     }
+    let dy = dy.f_transpose(0, 1)?;
     let (dy, x) = (dy.f_to_kind(Kind::Float)?, x.f_to_kind(Kind::Float)?);
     match &call.dw {
         Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {

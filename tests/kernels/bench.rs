@@ -47,10 +47,10 @@ fn measured(only: Option<&str>) -> Vec<Row> {
 fn every_group_has_its_rows() {
     let rows = measured(None);
     let count = |name: &str, dtype: &str| rows.iter().filter(|r| r.name.contains(name) && r.dtype == dtype).count();
-    // 18 formats or outputs, the amax and the copy; the second shape has four formats, in bf16 alone.
-    assert_eq!((count("", "f16"), count("fake_quant", "f16")), (20, 18));
+    // 18 formats or outputs, the amax, a read and a copy; the second shape has four formats, in bf16 alone.
+    assert_eq!((count("", "f16"), count("fake_quant", "f16")), (21, 18));
     assert_eq!(count("all linears", "bf16"), 4);
-    assert_eq!(count("", "bf16"), 20 + 6 + 4);
+    assert_eq!(count("", "bf16"), 21 + 7 + 4);
     assert_eq!((count("noise", "f32 to bf16"), count("aqn", "f32")), (2, 1));
     let nvfp4 = rows.iter().find(|r| r.name == "fake_quant nvfp4" && r.dtype == "bf16").unwrap();
     assert_eq!(nvfp4.bytes, Some(3 * 32 * 64 * 2), "x twice and y");

@@ -36,7 +36,18 @@ fn every_fatbin_holds_every_architecture() {
         return;
     }
     let names: Vec<&str> = EMBEDDED.iter().map(|k| k.name).collect();
-    let files = ["amax", "fake_quant_fp8", "fake_quant_mxfp4", "fake_quant_nvfp4", "fake_quant_variants", "noise"];
+    let files = [
+        "amax",
+        "fake_quant_fp8",
+        "fake_quant_mxfp4",
+        "fake_quant_nvfp4",
+        "fake_quant_variants",
+        "matmul_f32",
+        "matmul_nn",
+        "matmul_nt",
+        "matmul_tn",
+        "noise",
+    ];
     assert_eq!(names, files);
     for kernel in EMBEDDED {
         let found = entries(kernel.fatbin);
@@ -69,7 +80,7 @@ fn no_kernel_spills_and_registers_stay_in_budget() {
                 let numbers = |text: &str| text.split(' ').next().unwrap().parse::<u32>().unwrap();
                 assert!(numbers(rest) <= most_registers(name), "{name}: {line}");
                 let shared = rest.split(", ").find_map(|part| part.strip_suffix(" bytes smem")).map_or(0, numbers);
-                assert!(shared <= 1024, "{name}: {line}");
+                assert!(shared <= most_static_shared(name), "{name}: {line}");
                 functions += 1;
             }
         }
@@ -81,11 +92,23 @@ fn no_kernel_spills_and_registers_stay_in_budget() {
     }
 }
 
-/// Of 65536 on a multiprocessor, by how many blocks of 256 threads shall live there.
+/// Of 65536 on a multiprocessor, by how many blocks of 256 threads shall live there, or of 128.
 fn most_registers(kernel: &str) -> u32 {
-    match kernel {
-        _ if kernel.ends_with("_errors") || kernel.contains("4over6") => 65536 / 256 / 2,
-        _ if kernel.starts_with("noise") => 65536 / 256 / 2,
-        _ => 65536 / 256 / 4,
-    }
+    let (threads, resident) = match kernel {
+        _ if kernel.ends_with("_errors") || kernel.contains("4over6") => (256, 2),
+        _ if kernel.starts_with("noise") || kernel == "matmul_f32" => (256, 2),
+        _ if kernel.contains("64x128") => (128, 3),
+        _ if kernel.starts_with("matmul") => (128, 2),
+        _ if kernel.starts_with("fake_quant_mxfp4") || kernel.starts_with("fake_quant_nvfp4_2d") => (256, 6),
+        _ if kernel.starts_with("fake_quant_nvfp4_single") => (256, 4),
+        _ if kernel.starts_with("fake_quant_nvfp4") => (256, 6),
+        _ => (256, 4),
+    };
+    // Registers are given out by eights.
+    65536 / threads / resident / 8 * 8
+}
+
+/// Bytes. What a launch asks for besides (src/ops/cuda/matmul/tile.rs) stays below the 163 KiB that a block of an A100 can have.
+fn most_static_shared(kernel: &str) -> u32 {
+    if kernel == "matmul_f32" { 16 << 10 } else { 1024 }
 }

@@ -139,6 +139,21 @@ fn thread_order_changes_nothing() {
     }
 }
 
+/// So large that a thread takes several octets, the last of which lie beyond the end.
+#[test]
+fn large_matrices_are_the_definition() {
+    for (rows, cols) in [(90, 1056), (67, 1001)] {
+        let case = Case::new(&nasty(rows, cols, 5, true), rows, cols, Kind::BFloat16, per_row_keys(rows));
+        for (place, name) in ["mxfp4", "mxfp8:sr", "nvfp4", "fp8:tensor", "nvfp4:2d"].into_iter().enumerate() {
+            let format: Format = name.parse().unwrap();
+            let shim = ORDERS[place % ORDERS.len()];
+            let batch =
+                quantize(&shim, format, &[case.matrix(MatrixScale::Own(TensorScale::Tensor))], EVERYTHING).unwrap();
+            case.check(format, TensorScale::Tensor, &batch, 0, &format!("{name} [{rows}, {cols}] {shim:?}"));
+        }
+    }
+}
+
 #[test]
 fn a_batch_of_many_matrices_is_each_alone_and_groups_share_their_amax() {
     let shape = |i: usize| (1 + i % 5, [64, 40, 7, 160][i % 4]);

@@ -21,8 +21,9 @@ impl Executor for Shim {
         Device::Cpu
     }
 
+    /// One: matrices of a moderate size then take every path of large ones.
     fn multiprocessors(&self) -> temper::Result<u32> {
-        Ok(4)
+        Ok(1)
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {

@@ -92,7 +92,7 @@ fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
         let product =
             Product { layout: Layout::Nt, a: &a, b: &a, into, bias: None, error: None, keys: &keys, sums: None };
         let choice = choices(Layout::Nt, kind, 544).into_iter().find(|choice| choice.splits == splits).unwrap();
-        matmul::prepare(Device::Cpu, &product, choice)?.run(executor)?;
+        matmul::prepare(executor, &product, choice)?.run(executor)?;
         found.push(bytes(&out));
     }
     Ok(found)

@@ -5,7 +5,7 @@ use temper::ops::cuda::launch::{Executor, Launch};
 
 use crate::host::Shim;
 
-const SIZES: Sizes = Sizes { small: &[(1, 1), (7, 70)], large: &[(9, 256)] };
+const SIZES: Sizes = Sizes { small: &[(1, 1), (7, 70)], large: &[(9, 256)], products: &[(1, 1, 1), (18, 72, 530)] };
 
 #[test]
 fn every_check_passes() {
@@ -13,7 +13,7 @@ fn every_check_passes() {
     let failed: Vec<&Check> = checks.iter().filter(|check| !check.passed()).collect();
     assert!(failed.is_empty(), "{failed:?}");
     assert!(checks.len() > 300 && checks.iter().all(|check| check.compared > 0), "{} checks", checks.len());
-    for kernel in ["fake_quant", "amax", "noise", "aqn"] {
+    for kernel in ["fake_quant", "amax", "noise", "aqn", "matmul", "noisy_linear"] {
         assert!(checks.iter().any(|check| check.kernel == kernel), "{kernel}");
     }
 }
@@ -45,7 +45,9 @@ impl Executor for Faulty {
 
 #[test]
 fn a_lost_launch_differs_and_a_refused_one_is_counted() {
-    for kernels in ["fake_quant_mxfp4_bf16", "amax_blocks", "amax_of_rows", "noise_f32_to_bf16", "noise_f16"] {
+    for kernels in
+        ["fake_quant_mxfp4_bf16", "amax_blocks", "amax_of_rows", "noise_f32_to_bf16", "noise_f16", "matmul_nt_16x256"]
+    {
         for refuses in [false, true] {
             let checks = run(&Faulty { kernels, refuses }, &SIZES, &|_| {}).unwrap();
             let differs = checks.iter().any(|check| check.differing > 0);

@@ -68,7 +68,7 @@ fn weight(
     if formats == Formats::All {
         cases.extend(OTHER_CASES);
     }
-    let amax = x.iter().map(|x| Ok(prepare_amax(device.executor.device(), x, Format::NVFP4)?.0));
+    let amax = x.iter().map(|x| Ok(prepare_amax(device.executor, x, Format::NVFP4)?.0));
     let amax = amax.collect::<Result<Vec<Prepared>>>()?;
     let mut prepared: Vec<(Format, Vec<Prepared>)> = Vec::new();
     for (name, wanted, _) in &cases {
@@ -79,6 +79,8 @@ fn weight(
     let mut runners = vec![
         Runner::new(|turn| Ok(copies[turn % x.len()].shallow_clone().f_copy_(&x[turn % x.len()])?)),
         Runner::new(|turn| device.run(&amax, turn)),
+        // Nothing but reading: torch's maximum of the same bytes as integers.
+        Runner::new(|turn| Ok(x[turn % x.len()].f_view_dtype(Kind::Int)?.f_max().map(drop)?)),
     ];
     runners.extend(prepared.iter().map(|(_, calls)| Runner::new(move |turn| device.run(calls, turn))));
     let mut chained = Vec::new();
@@ -91,11 +93,12 @@ fn weight(
     }
     let times = in_turns(device.clock, runners)?;
     let bytes = shape.0 * shape.1 * kind.elt_size_in_bytes();
-    let (copy, quantized) = (Copy { times: &times[0], bytes: 2 * bytes }, &times[2..]);
+    let (copy, quantized) = (Copy { times: &times[0], bytes: 2 * bytes }, &times[3..]);
     let shape = [shape.0, shape.1];
     let mut rows = vec![
         Row::new("copy", &shape, dtype, copy.times).moving(2 * bytes),
-        moving("amax nvfp4", &shape, dtype, &times[1], bytes, &copy),
+        moving("read", &shape, dtype, &times[2], bytes, &copy),
+        moving("amax nvfp4", &shape, dtype, &times[1], bytes, &copy).beside("read", &times[2]),
     ];
     for (place, (name, wanted, baseline)) in cases.iter().enumerate() {
         let format = prepared[place].0;
@@ -126,7 +129,7 @@ fn weight(
 fn single(device: &OnDevice, x: &Tensor, format: Format, wanted: Wanted) -> Result<Prepared> {
     let draw = StochasticDraw { seed: 0, stream: 0, keys: RowKeys::consecutive(0, x.size()[0] as usize) };
     let matrix = Matrix { x, scale: MatrixScale::Own(TensorScale::Tensor), draw: Some(&draw) };
-    Ok(prepare(device.executor.device(), format, &[matrix], wanted)?.0)
+    Ok(prepare(device.executor, format, &[matrix], wanted)?.0)
 }
 
 /// All linears of a model in one call, siblings with one amax; beside a copy of as many bytes.
@@ -153,7 +156,7 @@ fn model(device: &OnDevice) -> Result<Vec<Row>> {
         };
         let matrix = |(i, x)| Matrix { x, scale: MatrixScale::Group(group(i)), draw: Some(&draws[i]) };
         let matrices: Vec<Matrix> = weights.iter().enumerate().map(matrix).collect();
-        Ok(prepare(place, format, &matrices, VALUES)?.0)
+        Ok(prepare(device.executor, format, &matrices, VALUES)?.0)
     });
     let [mxfp4, stochastic, nvfp4] = prepared;
     let (mxfp4, stochastic, nvfp4) = (mxfp4?, stochastic?, nvfp4?);

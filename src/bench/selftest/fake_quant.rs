@@ -9,7 +9,7 @@ use crate::numerics::format::{Family, Format, SPELLINGS};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cuda::fake_quant::{FakeQuant, Matrix, MatrixScale, Wanted, amax, quantize};
 use crate::ops::cuda::launch::Executor;
-use crate::ops::fake_quant::{self as operation, StochasticDraw};
+use crate::ops::fake_quant::{self as operation, StochasticDraw, Weight};
 use crate::ops::matmul_error::RowKeys;
 
 const KINDS: [Kind; 3] = [Kind::Float, Kind::BFloat16, Kind::Half];
@@ -43,7 +43,50 @@ pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -
             }
         }
     }
+    for name in ["mxfp4:sr", "nvfp4", "nvfp4:2d", "fp8:tensor"] {
+        let (format, kind): (Format, Kind) = (name.parse()?, Kind::BFloat16);
+        let run = |compared: &mut Compared| batch(executor, format, compared);
+        enter(checks, "fake_quant", format!("{name} batch in groups"), kind, (8, 96), run)?;
+        let run = |compared: &mut Compared| view(executor, format, compared);
+        enter(checks, "fake_quant", format!("{name} view at an odd place"), kind, (6, 96), run)?;
+    }
     Ok(())
+}
+
+/// More matrices than a launch takes; every two share their amax.
+fn batch(executor: &dyn Executor, format: Format, compared: &mut Compared) -> Result<()> {
+    let x =
+        (0..61).map(|number| inputs((1 + number % 8, 96), Kind::BFloat16, false)).collect::<Result<Vec<Tensor>>>()?;
+    let there = x.iter().map(|x| Ok(x.f_to_device(executor.device())?)).collect::<Result<Vec<Tensor>>>()?;
+    let draw = |number: usize, x: &Tensor| {
+        let keys = RowKeys::consecutive((number as u64) << 32, x.size()[0] as usize);
+        Some(StochasticDraw { seed: 3, stream: number as u32, keys })
+    };
+    let draws: Vec<Option<StochasticDraw>> = x.iter().enumerate().map(|(number, x)| draw(number, x)).collect();
+    let matrix = |(number, x)| Matrix { x, scale: MatrixScale::Group(number / 2), draw: draws[number].as_ref() };
+    let matrices: Vec<Matrix> = there.iter().enumerate().map(matrix).collect();
+    let wanted = Wanted { dequantized: true, ..Wanted::default() };
+    let found = quantize(executor, format, &matrices, wanted)?;
+    let weight = |(number, x)| Weight { x, scale_group: number / 2, draw: draws[number].clone() };
+    let weights: Vec<Weight> = x.iter().enumerate().map(weight).collect();
+    let expected = operation::fake_quant_weights(&weights, format, false)?;
+    for (found, (expected, _)) in found.matrices.into_iter().zip(&expected) {
+        compared.tensors(&found.dequantized.unwrap_or_default(), expected)?;
+    }
+    Ok(())
+}
+
+/// A matrix that begins at an odd element of its storage.
+fn view(executor: &dyn Executor, format: Format, compared: &mut Compared) -> Result<()> {
+    let of = |all: &Tensor| -> Result<Tensor> { Ok(all.f_narrow(1, 1, 6 * 96)?.f_view([6, 96])?) };
+    let all = inputs((1, 6 * 96 + 1), Kind::BFloat16, false)?;
+    let draw = StochasticDraw { seed: 3, stream: 1, keys: RowKeys::consecutive(0, 6) };
+    let (x, scale) = (of(&all.f_to_device(executor.device())?)?, TensorScale::Tensor);
+    let matrix = Matrix { x: &x, scale: MatrixScale::Own(scale), draw: Some(&draw) };
+    let wanted = Wanted { dequantized: true, ..Wanted::default() };
+    let mut found = quantize(executor, format, &[matrix], wanted)?.matrices;
+    let expected = operation::fake_quant(&of(&all)?.f_contiguous()?, format, scale, Some(&draw))?;
+    compared.tensors(&found.pop().and_then(|made| made.dequantized).unwrap_or_default(), &expected)
 }
 
 /// Whether a source of the tensor amax means something of its own in a format.

@@ -8,10 +8,11 @@ mod kernel;
 
 use std::ffi::c_void;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::batch::{Divider, tiles};
 use super::launch::{Executor, Needs, Prepared};
+use super::zeros::Zeros;
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::{Family, Format};
 use crate::numerics::tensor_error::TensorErrorSums;
@@ -76,7 +77,7 @@ impl Batch {
 /// `Runtime` naming the tensor of the wrong device, dtype, shape or strides, for a stochastic format without a draw (or
 /// with other than one key per row) and for 2-D tiles with a tensor scale per row; `Unavailable` without kernels or driver.
 pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wanted: Wanted) -> Result<Batch> {
-    let (launches, batch) = prepare(executor.device(), format, matrices, wanted)?;
+    let (launches, batch) = prepare(executor, format, matrices, wanted)?;
     launches.run(executor)?;
     Ok(batch)
 }
@@ -85,17 +86,29 @@ pub fn quantize(executor: &dyn Executor, format: Format, matrices: &[Matrix], wa
 ///
 /// # Errors
 /// As [`quantize`].
-pub fn prepare(device: Device, format: Format, matrices: &[Matrix], wanted: Wanted) -> Result<(Prepared, Batch)> {
+pub fn prepare(
+    executor: &dyn Executor,
+    format: Format,
+    matrices: &[Matrix],
+    wanted: Wanted,
+) -> Result<(Prepared, Batch)> {
+    let device = executor.device();
     let seed = matrices.iter().find_map(|matrix| matrix.draw).map_or(0, |draw| draw.seed);
     let kind = matrices.first().map_or(Kind::Float, |matrix| matrix.x.kind());
-    let call = Call { device, format, kind, seed };
-    let groups = matrices.iter().map(|m| if let MatrixScale::Group(n) = m.scale { n + 1 } else { 0 }).max();
-    let group_amaxes = call.zeros(&[groups.unwrap_or(0) as i64], Kind::Float)?;
-    let buffers = matrices.iter().map(|m| Buffers::new(&call, m, &group_amaxes, wanted)).collect::<Result<Vec<_>>>()?;
-    let tensors = matrices.iter().zip(&buffers).map(|(m, b)| b.describe(&call, m)).collect::<Result<Vec<_>>>()?;
+    let call = Call { device, multiprocessors: executor.multiprocessors()?, format, kind, seed };
     let count = matrices.len() as i64;
-    let nonfinite_blocks = call.zeros(&[count], Kind::Int64)?;
-    let sums = wanted.error_sums.then(|| call.zeros(&[count, ERROR_SUMS as i64], Kind::Double)).transpose()?;
+    let groups = matrices.iter().map(|m| if let MatrixScale::Group(n) = m.scale { n as i64 + 1 } else { 0 }).max();
+    let groups = groups.unwrap_or(0);
+    let sum_count = if wanted.error_sums { count * ERROR_SUMS as i64 } else { 0 };
+    let own: i64 = matrices.iter().map(|m| Buffers::zero_words(&call, m)).sum();
+    let mut zeros = Zeros::new(count + sum_count + Zeros::words(groups, Kind::Float) + own, device)?;
+    let nonfinite_blocks = zeros.take(count, Kind::Int64)?;
+    let sums = wanted.error_sums.then(|| zeros.take(sum_count, Kind::Double)).transpose()?;
+    let sums = sums.map(|sums| sums.f_view([count, ERROR_SUMS as i64])).transpose()?;
+    let group_amaxes = zeros.take(groups, Kind::Float)?;
+    let buffers = matrices.iter().map(|m| Buffers::new(&call, m, &group_amaxes, &mut zeros, wanted));
+    let buffers = buffers.collect::<Result<Vec<_>>>()?;
+    let tensors = matrices.iter().zip(&buffers).map(|(m, b)| b.describe(&call, m)).collect::<Result<Vec<_>>>()?;
     let mut launches = call.find_amaxes(&unknown_amaxes(matrices, &tensors, format));
     launches.extend(call.quantize(&tensors, &nonfinite_blocks, sums.as_ref()));
     let mut memory = vec![nonfinite_blocks.shallow_clone()];
@@ -115,7 +128,7 @@ pub fn prepare(device: Device, format: Format, matrices: &[Matrix], wanted: Want
 /// # Errors
 /// As [`quantize`], and `Runtime` for a format without a tensor scale.
 pub fn amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<Tensor> {
-    let (launches, amax) = prepare_amax(executor.device(), x, format)?;
+    let (launches, amax) = prepare_amax(executor, x, format)?;
     launches.run(executor)?;
     Ok(amax)
 }
@@ -124,10 +137,13 @@ pub fn amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<Tenso
 ///
 /// # Errors
 /// As [`amax`].
-pub fn prepare_amax(device: Device, x: &Tensor, format: Format) -> Result<(Prepared, Tensor)> {
-    let call = Call { device, format, kind: x.kind(), seed: 0 };
+pub fn prepare_amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<(Prepared, Tensor)> {
+    let (device, multiprocessors) = (executor.device(), executor.multiprocessors()?);
+    let call = Call { device, multiprocessors, format, kind: x.kind(), seed: 0 };
     let matrix = Matrix { x, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
-    let buffers = Buffers::new(&call, &matrix, &call.zeros(&[0], Kind::Float)?, Wanted::default())?;
+    let mut zeros = Zeros::new(Buffers::zero_words(&call, &matrix), device)?;
+    let no_groups = zeros.take(0, Kind::Float)?;
+    let buffers = Buffers::new(&call, &matrix, &no_groups, &mut zeros, Wanted::default())?;
     let tensor = buffers.describe_unkeyed(&call, &matrix)?;
     let launches = call.find_amaxes(&unknown_amaxes(&[matrix], &[tensor], format));
     let memory = buffers.all().chain([x]).map(Tensor::shallow_clone).collect();
@@ -156,7 +172,15 @@ struct Buffers {
 }
 
 impl Buffers {
-    fn new(call: &Call, matrix: &Matrix, group_amaxes: &Tensor, wanted: Wanted) -> Result<Buffers> {
+    /// How much `new` takes of the call's zeros: an amax of its own, and in fp8 one of every row.
+    fn zero_words(call: &Call, matrix: &Matrix) -> i64 {
+        let rows = matrix.x.size().first().copied().unwrap_or(0);
+        let own = if matrix.scale == MatrixScale::Own(TensorScale::Row) { rows } else { 1 };
+        let of_rows = if matches!(call.format.family, Family::Fp8 { .. }) { rows } else { 0 };
+        Zeros::words(own, Kind::Float) + Zeros::words(of_rows, Kind::Float)
+    }
+
+    fn new(call: &Call, matrix: &Matrix, group_amaxes: &Tensor, zeros: &mut Zeros, wanted: Wanted) -> Result<Buffers> {
         let format = call.format;
         let [rows, cols] = matrix.x.size()[..] else {
             return Err(Error::Runtime(format!(
@@ -175,23 +199,23 @@ impl Buffers {
         }
         if wanted.codes {
             let code_bytes = if format.has_e4m3_elements() { cols } else { (cols + 1) / 2 };
-            made.codes = Some(call.zeros(&[rows, code_bytes], Kind::Uint8)?);
+            made.codes = Some(call.empty(&[rows, code_bytes], Kind::Uint8)?);
             let blocks = format.blocks_per_row(cols as usize) as i64;
             made.block_scales = Some(match is_fp8 {
-                true => call.zeros(&[rows], Kind::Float)?,
-                false => call.zeros(&[rows, blocks], Kind::Uint8)?,
+                true => call.empty(&[rows], Kind::Float)?,
+                false => call.empty(&[rows, blocks], Kind::Uint8)?,
             });
         }
         made.amax = match matrix.scale {
             _ if !format.has_tensor_scale() => None,
             MatrixScale::Own(TensorScale::Amax(amax)) => Some(call.filled(amax)?),
-            MatrixScale::Own(TensorScale::Tensor) => Some(call.zeros(&[1], Kind::Float)?),
+            MatrixScale::Own(TensorScale::Tensor) => Some(zeros.take(1, Kind::Float)?),
             // An fp8 row's amax stands in `of_rows` in any case.
             MatrixScale::Own(TensorScale::Row) if is_fp8 => None,
-            MatrixScale::Own(TensorScale::Row) => Some(call.zeros(&[rows], Kind::Float)?),
+            MatrixScale::Own(TensorScale::Row) => Some(zeros.take(rows, Kind::Float)?),
             MatrixScale::Group(number) => Some(group_amaxes.f_narrow(0, number as i64, 1)?),
         };
-        let of_rows = is_fp8.then(|| call.zeros(&[rows], Kind::Float)).transpose()?;
+        let of_rows = is_fp8.then(|| zeros.take(rows, Kind::Float)).transpose()?;
         Ok(Buffers { made, of_rows })
     }
 

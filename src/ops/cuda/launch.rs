@@ -1,15 +1,15 @@
-//! The one place that launches: modules from the embedded fatbins, functions cached per device, torch's current
-//! stream in the primary context that torch uses too.
+//! The one place that launches, on torch's current stream in the primary context that torch uses too. loaded.rs has the
+//! kernels.
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
 use cudarc::driver::{DriverError, result, sys};
 use tch::{Device, Kind, Tensor};
 
-use crate::device::kernels;
+use super::loaded::{driver_error, function, in_context, primary_context, require_driver};
 use crate::{Error, Result};
 
 unsafe extern "C" {
@@ -19,9 +19,6 @@ unsafe extern "C" {
 
 /// Threads of a block where a kernel does not say otherwise: kBlockThreads of kernels/include/portable.cuh.
 pub const BLOCK_THREADS: u32 = 256;
-
-/// Dynamic shared memory of a block beyond this must be asked for.
-const SHARED_WITHOUT_ASKING: u32 = 48 << 10;
 
 /// A launch of a kernel of kernels/`file`.cu with its one argument struct.
 pub struct Launch {
@@ -169,16 +166,11 @@ impl Executor for Gpu {
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
         let ordinal = self.ordinal()?;
-        let function = function(launch.file, &launch.kernel, ordinal)?;
+        let function = function(launch.file, &launch.kernel, ordinal, launch.shared_bytes)?;
         let mut arguments = [launch.args().0.cast_mut()];
         let (grid, block, stream) = ((launch.blocks, 1, 1), (launch.threads, 1, 1), self.stream());
         let (kernel, shared) = (function.function, launch.shared_bytes);
         let launched = in_context(function.context, || {
-            if shared > SHARED_WITHOUT_ASKING {
-                let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-                // SAFETY: the function is loaded and never unloaded.
-                unsafe { result::function::set_function_attribute(kernel, attribute, shared as i32) }?;
-            }
             // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
             unsafe { result::launch_kernel(kernel, grid, block, shared, stream, &mut arguments) }
         });
@@ -186,137 +178,7 @@ impl Executor for Gpu {
     }
 }
 
-/// A loaded kernel and the primary context it lives in. Both are kept for the life of the process.
-#[derive(Clone, Copy)]
-struct Function {
-    context: sys::CUcontext,
-    function: sys::CUfunction,
-}
-
-/// A loaded file of kernels.
-#[derive(Clone, Copy)]
-struct Module {
-    context: sys::CUcontext,
-    module: sys::CUmodule,
-}
-
-// SAFETY: CUDA's handles may be used from any thread; they are never freed.
-unsafe impl Send for Function {}
-// SAFETY: as above.
-unsafe impl Send for Module {}
-
-#[derive(Default)]
-struct Loaded {
-    modules: BTreeMap<(i32, &'static str), Module>,
-    functions: BTreeMap<(i32, String), Function>,
-}
-
 static MULTIPROCESSORS: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
-
-static LOADED: Mutex<Loaded> = Mutex::new(Loaded { modules: BTreeMap::new(), functions: BTreeMap::new() });
-
-fn function(file: &'static str, kernel: &str, ordinal: i32) -> Result<Function> {
-    let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
-    let key = (ordinal, kernel.to_string());
-    if let Some(found) = loaded.functions.get(&key) {
-        return Ok(*found);
-    }
-    let module = match loaded.modules.get(&(ordinal, file)) {
-        Some(module) => *module,
-        None => *loaded.modules.entry((ordinal, file)).or_insert(module(file, ordinal)?),
-    };
-    let invalid = DriverError(sys::CUresult::CUDA_ERROR_INVALID_VALUE);
-    let found = in_context(module.context, || {
-        let name = CString::new(kernel).map_err(|_| invalid)?;
-        // SAFETY: the module is loaded and never unloaded.
-        let function = unsafe { result::module::get_function(module.module, name) }?;
-        Ok(Function { context: module.context, function })
-    });
-    let found = found.map_err(|e| driver_error(&format!("{kernel} of kernels/{file}.cu on cuda:{ordinal}"), e))?;
-    loaded.functions.insert(key, found);
-    Ok(found)
-}
-
-fn module(file: &str, ordinal: i32) -> Result<Module> {
-    let image = image(file)?;
-    require_driver()?;
-    load(&image, ordinal).map_err(|e| match e.0 {
-        sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => Error::Unavailable(format!(
-            "cuda:{ordinal}: the kernels were built for {}; set CUDA_ARCHES to this GPU's and build again",
-            kernels::ARCHES.join(", ")
-        )),
-        _ => driver_error(&format!("loading kernels/{file}.cu on cuda:{ordinal}"), e),
-    })
-}
-
-/// The fatbin of kernels/`file`.cu, copied to words: CUDA reads 8-byte fields, and embedded bytes have no alignment.
-fn image(file: &str) -> Result<Vec<u64>> {
-    if let Some(reason) = kernels::WHY_NOT_BUILT {
-        return Err(Error::Unavailable(format!("{reason}: run scripts/bootstrap.sh, touch build.rs and build again")));
-    }
-    let Some(embedded) = kernels::EMBEDDED.iter().find(|k| k.name == file) else {
-        return Err(Error::Runtime(format!("kernels/{file}.cu is not part of this build")));
-    };
-    let words = embedded.fatbin.chunks(8).map(|bytes| {
-        let mut word = [0; 8];
-        word[..bytes.len()].copy_from_slice(bytes);
-        u64::from_ne_bytes(word)
-    });
-    Ok(words.collect())
-}
-
-fn require_driver() -> Result<()> {
-    // SAFETY: only asks whether libcuda can be opened; cudarc would panic later where it cannot.
-    match unsafe { sys::is_culib_present() } {
-        true => Ok(()),
-        false => Err(Error::Unavailable("no NVIDIA driver (libcuda) on this machine: use --device cpu".into())),
-    }
-}
-
-/// The context that torch uses too; never released.
-fn primary_context(ordinal: i32) -> std::result::Result<sys::CUcontext, DriverError> {
-    result::init()?;
-    let device = result::device::get(ordinal)?;
-    // SAFETY: `device` was just returned by CUDA.
-    unsafe { result::primary_ctx::retain(device) }
-}
-
-fn load(image: &[u64], ordinal: i32) -> std::result::Result<Module, DriverError> {
-    let context = primary_context(ordinal)?;
-    in_context(context, || {
-        // SAFETY: `image` is a fatbin that nvcc wrote, aligned to 8 bytes; the module is never unloaded.
-        let module = unsafe { result::module::load_data(image.as_ptr().cast()) }?;
-        Ok(Module { context, module })
-    })
-}
-
-/// Runs `work` with `context` current on this thread, then restores what was: the current context is also torch's
-/// notion of the current device.
-fn in_context<T>(
-    context: sys::CUcontext,
-    work: impl FnOnce() -> std::result::Result<T, DriverError>,
-) -> std::result::Result<T, DriverError> {
-    let before = result::ctx::get_current()?;
-    if before == Some(context) {
-        return work();
-    }
-    // SAFETY: a primary context that is never released.
-    unsafe { result::ctx::set_current(context) }?;
-    let outcome = work();
-    if let Some(before) = before {
-        // SAFETY: it was current a moment ago.
-        unsafe { result::ctx::set_current(before) }?;
-    }
-    outcome
-}
-
-fn driver_error(what: &str, error: DriverError) -> Error {
-    let reason = error.error_string().map_or_else(|_| format!("{:?}", error.0), |s| s.to_string_lossy().into_owned());
-    match error.0 {
-        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory(format!("{what}: {reason}")),
-        _ => Error::Runtime(format!("{what}: {reason}")),
-    }
-}
 
 /// What a kernel needs of a tensor; [`Needs::check`] is the only way from a tensor to a device pointer.
 pub struct Needs<'a> {

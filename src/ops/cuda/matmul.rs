@@ -5,7 +5,7 @@
 mod kernel;
 mod tile;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::launch::{Executor, Needs, Prepared};
 use super::noise::{Destination, SUMS};
@@ -47,14 +47,15 @@ pub struct Product<'a> {
 pub fn matmul(executor: &dyn Executor, product: &Product) -> Result<()> {
     let (m, n, k) = product.sizes()?;
     let choice = choose(product.layout, product.a.kind(), (m, n, k), executor.multiprocessors()?);
-    prepare(executor.device(), product, choice)?.run(executor)
+    prepare(executor, product, choice)?.run(executor)
 }
 
 /// The launch of [`matmul`], with a choice of the tile.
 ///
 /// # Errors
 /// As [`matmul`].
-pub fn prepare(device: Device, product: &Product, choice: Choice) -> Result<Prepared> {
+pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Result<Prepared> {
+    let device = executor.device();
     let (m, n, k) = product.sizes()?;
     let kind = product.a.kind();
     if ![Kind::BFloat16, Kind::Half, Kind::Float].contains(&kind) {

@@ -3,6 +3,8 @@
 pub mod batch;
 pub mod fake_quant;
 pub mod launch;
+mod loaded;
 pub mod matmul;
 pub mod noise;
 pub mod timer;
+mod zeros;

@@ -62,7 +62,7 @@ struct KernelBatch {
     count: u32,
     rule: u32,
     rounding: u32,
-    unused: u32,
+    octets_of_thread: u32,
     seed: u64,
     nonfinite_blocks: *mut c_void,
     sums: *mut c_void,
@@ -71,8 +71,11 @@ struct KernelBatch {
 
 /// Matrices of one launch.
 const BATCH: usize = 46;
-/// `kTileOctets`.
-pub const TILE_OCTETS: u32 = 4 * BLOCK_THREADS;
+/// Octets of a tile where matrices are large: `kMostOctetsOfThread` a thread.
+pub const TILE_OCTETS: u32 = MOST_OCTETS_OF_THREAD * BLOCK_THREADS;
+const MOST_OCTETS_OF_THREAD: u32 = 4;
+/// Blocks of a multiprocessor, over time, that a launch shall have before their threads take a second octet.
+const BLOCKS_WANTED: u64 = 16;
 /// `kErrorSums`.
 pub const ERROR_SUMS: usize = 11;
 
@@ -102,14 +105,15 @@ pub fn octets_of_row(format: Format, cols: usize) -> usize {
 /// What all launches of a call share.
 pub struct Call {
     pub device: Device,
+    pub multiprocessors: u32,
     pub format: Format,
     pub kind: Kind,
     pub seed: u64,
 }
 
 impl Call {
-    pub fn zeros(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
-        Ok(Tensor::f_zeros(shape, (kind, self.device))?)
+    pub fn empty(&self, shape: &[i64], kind: Kind) -> Result<Tensor> {
+        Ok(Tensor::f_empty(shape, (kind, self.device))?)
     }
 
     /// f32 [1].
@@ -123,11 +127,13 @@ impl Call {
         let dtype = self.dtype();
         if !matches!(self.format.family, Family::Fp8 { .. }) {
             let shape = if self.format.two_d { "tiles" } else { "blocks" };
-            return self.launches("amax", &format!("amax_{shape}_{dtype}"), &all, |tensor| self.tiles(tensor));
+            return self
+                .launches("amax", &format!("amax_{shape}_{dtype}"), &all, |tensor, octets| self.tiles(tensor, octets));
         }
         let of_tensor: Vec<KernelTensor> = tensors.iter().filter(|(_, wanted)| *wanted).map(|(t, _)| *t).collect();
-        let mut launches = self.launches("amax", &format!("amax_rows_{dtype}"), &all, |tensor| self.tiles(tensor));
-        launches.extend(self.launches("amax", "amax_of_rows", &of_tensor, |_| 1));
+        let mut launches =
+            self.launches("amax", &format!("amax_rows_{dtype}"), &all, |tensor, octets| self.tiles(tensor, octets));
+        launches.extend(self.launches("amax", "amax_of_rows", &of_tensor, |_, _| 1));
         launches
     }
 
@@ -138,7 +144,7 @@ impl Call {
         // Both have 8 bytes an element; row `number` on.
         let from = |tensor: &Tensor, number: usize, cols: usize| tensor.data_ptr().wrapping_byte_add(8 * number * cols);
         let launches = tensors.chunks(BATCH).enumerate().filter_map(|(number, chunk)| {
-            let (mut batch, blocks) = self.batch(chunk, |tensor| self.tiles(tensor));
+            let (mut batch, blocks) = self.batch(chunk, |tensor, octets| self.tiles(tensor, octets));
             batch.nonfinite_blocks = from(nonfinite_blocks, number * BATCH, 1);
             batch.sums = sums.map_or(std::ptr::null_mut(), |sums| from(sums, number * BATCH, ERROR_SUMS));
             (blocks > 0).then(|| Launch::new(file, kernel.clone(), blocks, &*batch))
@@ -151,7 +157,7 @@ impl Call {
         file: &'static str,
         kernel: &str,
         tensors: &[KernelTensor],
-        tiles: impl Fn(&KernelTensor) -> u32,
+        tiles: impl Fn(&KernelTensor, u32) -> u32,
     ) -> Vec<Launch> {
         let launches = tensors.chunks(BATCH).filter_map(|chunk| {
             let (batch, blocks) = self.batch(chunk, &tiles);
@@ -161,12 +167,15 @@ impl Call {
     }
 
     /// The arguments of a launch, and its blocks.
-    fn batch(&self, tensors: &[KernelTensor], tiles: impl Fn(&KernelTensor) -> u32) -> (Box<KernelBatch>, u32) {
+    fn batch(&self, tensors: &[KernelTensor], tiles: impl Fn(&KernelTensor, u32) -> u32) -> (Box<KernelBatch>, u32) {
+        let octets: u64 = tensors.iter().map(|t| u64::from(t.rows) * u64::from(t.octets_of_row)).sum();
+        let wanted = octets / (u64::from(BLOCK_THREADS * self.multiprocessors) * BLOCKS_WANTED);
+        let octets_of_thread = wanted.clamp(1, u64::from(MOST_OCTETS_OF_THREAD)) as u32;
         let mut batch = Box::new(KernelBatch {
             count: tensors.len() as u32,
             rule: rule_number(self.format),
             rounding: rounding_number(self.format),
-            unused: 0,
+            octets_of_thread,
             seed: self.seed,
             nonfinite_blocks: std::ptr::null_mut(),
             sums: std::ptr::null_mut(),
@@ -175,16 +184,16 @@ impl Call {
         let mut blocks = 0;
         for (to, from) in batch.tensors.iter_mut().zip(tensors) {
             *to = KernelTensor { first_tile: blocks, ..*from };
-            blocks += tiles(from);
+            blocks += tiles(from, octets_of_thread);
         }
         (batch, blocks)
     }
 
     /// Blocks of threads that a tensor takes.
-    fn tiles(&self, tensor: &KernelTensor) -> u32 {
+    fn tiles(&self, tensor: &KernelTensor, octets_of_thread: u32) -> u32 {
         if !self.format.two_d {
             // Below 2^31: `batch::tiles` has seen it.
-            return (tensor.rows * tensor.octets_of_row).div_ceil(TILE_OCTETS);
+            return (tensor.rows * tensor.octets_of_row).div_ceil(octets_of_thread * BLOCK_THREADS);
         }
         let size = self.format.block_rows() as u32;
         tensor.rows.div_ceil(size) * tensor.octets_of_row.div_ceil(BLOCK_THREADS / size)

@@ -1,0 +1,127 @@
+//! matmul_*.cu: every layout, dtype and tile, split and not: values within the bound of a sum of rounded terms, draws bit for
+//! bit; and the noisy linear layer, forward and backward, against the CPU.
+
+use tch::{Device, Kind, Tensor};
+
+use super::{Check, Compared, Sizes, dtype, enter, inputs};
+use crate::numerics::error_law::ErrorLaw;
+use crate::ops::cuda::launch::Executor;
+use crate::ops::cuda::matmul::{Choice, Layout, Product, choices, prepare};
+use crate::ops::cuda::noise::Destination;
+use crate::ops::matmul_error::{ErrorDraw, RowKeys, finish_product};
+use crate::ops::noisy_linear::{self, NoisyLinearCall, ProductError, WeightGradientError};
+use crate::{Error, Result};
+
+const LAYOUTS: [Layout; 3] = [Layout::Nt, Layout::Nn, Layout::Tn];
+const KINDS: [Kind; 3] = [Kind::BFloat16, Kind::Half, Kind::Float];
+const DRAW: ErrorDraw = ErrorDraw { law: ErrorLaw::AbsoluteGaussian, scale: 0.05, seed: 77, stream: 0x1400_0003 };
+/// Splits that are checked, of all that a product may have.
+const SPLITS: [u32; 4] = [1, 2, 5, 16];
+
+pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -> Result<()> {
+    for &(m, n, k) in sizes.products {
+        for (layout, kind) in LAYOUTS.into_iter().flat_map(|layout| KINDS.map(|kind| (layout, kind))) {
+            let case = Case::new(layout, kind, (m, n, k))?;
+            for choice in choices(layout, kind, k as i64).into_iter().filter(|c| SPLITS.contains(&c.splits)) {
+                let Choice { tile, splits } = choice;
+                let name = format!("{layout:?} {}x{} splits {splits}", tile.m, tile.n);
+                let run = |compared: &mut Compared| case.check(executor, choice, compared);
+                enter(checks, "matmul", format!("{name} k {k}"), kind, (m, n), run)?;
+            }
+        }
+    }
+    for kind in [Kind::BFloat16, Kind::Float] {
+        let run = |compared: &mut Compared| linear(executor.device(), kind, compared);
+        enter(checks, "noisy_linear", "forward and backward".into(), kind, (96, 320), run)?;
+    }
+    Ok(())
+}
+
+struct Case {
+    layout: Layout,
+    a: Tensor, // on the CPU
+    b: Tensor,
+    exact: Tensor,     // f64 [m, n]
+    magnitude: Tensor, // f64 [m, n]: the sum of the terms' magnitudes
+    k: usize,
+}
+
+impl Case {
+    fn new(layout: Layout, kind: Kind, (m, n, k): (usize, usize, usize)) -> Result<Case> {
+        let normal = |shape: (usize, usize)| -> Result<Tensor> { inputs(shape, kind, false) };
+        let (a, b) = match layout {
+            Layout::Nt => (normal((m, k))?, normal((n, k))?),
+            Layout::Nn => (normal((m, k))?, normal((k, n))?),
+            Layout::Tn => (normal((k, m))?, normal((k, n))?),
+        };
+        let wide = |t: &Tensor, transposed: bool| -> Result<Tensor> {
+            let wide = t.f_to_kind(Kind::Double)?;
+            Ok(if transposed { wide.f_transpose(0, 1)? } else { wide })
+        };
+        let (rows, columns) = (wide(&a, layout == Layout::Tn)?, wide(&b, layout == Layout::Nt)?);
+        let (exact, magnitude) = (rows.f_mm(&columns)?, rows.f_abs()?.f_mm(&columns.f_abs()?)?);
+        Ok(Case { layout, a, b, exact, magnitude, k })
+    }
+
+    fn run(&self, executor: &dyn Executor, a: &Tensor, error: Option<&ErrorDraw>, choice: Choice) -> Result<Tensor> {
+        let device = executor.device();
+        let (a, b) = (a.f_to_device(device)?, self.b.f_to_device(device)?);
+        let out = Tensor::f_full(self.exact.size(), f64::NAN, (Kind::Float, device))?;
+        let keys = RowKeys::new((0..self.exact.size()[0] as u64).map(|row| row << 18 | 3).collect());
+        let into = Destination::Store(&out);
+        let product = Product { layout: self.layout, a: &a, b: &b, into, bias: None, error, keys: &keys, sums: None };
+        prepare(executor, &product, choice)?.run(executor)?;
+        Ok(out.f_to_device(Device::Cpu)?)
+    }
+
+    fn check(&self, executor: &dyn Executor, choice: Choice, compared: &mut Compared) -> Result<()> {
+        let found = self.run(executor, &self.a, None, choice)?;
+        // A tensor core adds sixteen terms at a time and cuts what it aligns: 2^-22 of the terms' magnitudes each time.
+        let steps = (self.k as f64 / 16.0).ceil() + 4.0;
+        let slack = self.magnitude.f_mul_scalar(steps / f64::from(1 << 22))?.f_add_scalar(1e-30)?;
+        let far = found.f_to_kind(Kind::Double)?.f_sub(&self.exact)?.f_abs()?.f_le_tensor(&slack)?.f_logical_not()?;
+        compared.all += far.numel() as u64;
+        compared.differing += i64::try_from(far.f_sum(Kind::Int64)?)? as u64;
+        // On a product of zeros the error is s z itself.
+        let zeros = self.a.f_zeros_like()?;
+        let found = self.run(executor, &zeros, Some(&DRAW), choice)?;
+        let clean = Tensor::f_zeros(self.exact.size(), (Kind::Float, Device::Cpu))?;
+        let keys = RowKeys::new((0..self.exact.size()[0] as u64).map(|row| row << 18 | 3).collect());
+        compared.tensors(&found, &finish_product(clean, None, Some(&DRAW), &keys, None, Kind::Float)?)
+    }
+}
+
+/// y, dX and dW of a layer with error in all three, here and on the CPU.
+fn linear(device: Device, kind: Kind, compared: &mut Compared) -> Result<()> {
+    let (x, w, dy) =
+        (inputs((96, 320), kind, false)?, inputs((200, 320), kind, false)?, inputs((96, 200), kind, false)?);
+    let error = |stream: u32| ProductError {
+        draw: Some(ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream }),
+        sink: Some(Default::default()),
+    };
+    let on = |device: Device| -> Result<[Tensor; 3]> {
+        let dw = WeightGradientError { error: error(3), keys: RowKeys::consecutive(5 << 32, 200) };
+        let keys = RowKeys::new((0..96).map(|row| row << 18).collect());
+        let call = NoisyLinearCall { keys, differentiable: true, forward: error(1), dx: error(2), dw: Some(dw) };
+        let there = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_device(device)?) };
+        let (x, w, dy) = (there(&x)?, there(&w)?, there(&dy)?);
+        let y = noisy_linear::forward(&x, &w, None, &call, true, kind)?;
+        let dx = noisy_linear::backward_dx(&dy, &w, &call)?;
+        let mut gradient = Tensor::f_zeros([200, 320], (Kind::Float, device))?;
+        noisy_linear::accumulate_dw(&dy, &x, &call, &mut gradient)?;
+        Ok([y, dx, gradient].map(|t| t.to_device(Device::Cpu)))
+    };
+    for (found, expected) in on(device)?.iter().zip(&on(Device::Cpu)?) {
+        let (found, expected) = (found.f_to_kind(Kind::Double)?, expected.f_to_kind(Kind::Double)?);
+        // Sums in another order, then one rounding to the dtype.
+        let tolerance = if dtype(kind) == "bf16" { 1e-2 } else { 1e-5 };
+        let scale = f64::try_from(expected.f_abs()?.f_max()?)?;
+        let worst = f64::try_from(found.f_sub(&expected)?.f_abs()?.f_max()?)?;
+        compared.all += expected.numel() as u64;
+        if !worst.is_finite() || !scale.is_finite() {
+            return Err(Error::Runtime("noisy_linear: a result is not finite".into()));
+        }
+        compared.differing += u64::from(worst > tolerance * scale);
+    }
+    Ok(())
+}
