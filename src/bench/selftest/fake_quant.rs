@@ -63,11 +63,12 @@ fn batch(executor: &dyn Executor, format: Format, compared: &mut Compared) -> Re
         Some(StochasticDraw { seed: 3, stream: number as u32, keys })
     };
     let draws: Vec<Option<StochasticDraw>> = x.iter().enumerate().map(|(number, x)| draw(number, x)).collect();
-    let matrix = |(number, x)| Matrix { x, scale: MatrixScale::Group(number / 2), draw: draws[number].as_ref() };
+    let matrix =
+        |(number, x): (usize, _)| Matrix { x, scale: MatrixScale::Group(number / 2), draw: draws[number].as_ref() };
     let matrices: Vec<Matrix> = there.iter().enumerate().map(matrix).collect();
     let wanted = Wanted { dequantized: true, ..Wanted::default() };
     let found = quantize(executor, format, &matrices, wanted)?;
-    let weight = |(number, x)| Weight { x, scale_group: number / 2, draw: draws[number].clone() };
+    let weight = |(number, x): (usize, _)| Weight { x, scale_group: number / 2, draw: draws[number].clone() };
     let weights: Vec<Weight> = x.iter().enumerate().map(weight).collect();
     let expected = operation::fake_quant_weights(&weights, format, false)?;
     for (found, (expected, _)) in found.matrices.into_iter().zip(&expected) {
