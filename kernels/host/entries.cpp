@@ -13,6 +13,7 @@
 #include "matmul_nn.cu"
 #include "matmul_nt.cu"
 #include "matmul_tn.cu"
+#include "matmul_w4.cu"
 #include "noise.cu"
 
 extern "C" {

@@ -18,10 +18,8 @@ TEMPER_DEVICE uint32_t e4m3_encode(float x) {
   return (bits_of(x) >> 31) << 7 | e4m3_index(round_nearest_even<E4m3Grid>(fminf(magnitude(x), E4m3Grid::kMax)));
 }
 
+// Exponent and mantissa lie in an f32's as they are; what is left is the difference of the biases.
 TEMPER_DEVICE float e4m3_decode(uint32_t byte) {
   if ((byte & 0x7f) == kE4m3Nan) return not_a_number();
-  const int exponent = (byte >> 3) & 15;
-  const float value =
-      exponent == 0 ? float(byte & 7) * 0.001953125f : float(8 + (byte & 7)) * power_of_two(exponent - 10);
-  return byte & 0x80 ? -value : value;
+  return float_of((byte & 0x80) << 24 | (byte & 0x7f) << 20) * power_of_two(120);
 }

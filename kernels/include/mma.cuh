@@ -86,13 +86,20 @@ void mma_16x8x16(const T*, float d[4], const uint32_t a[4], const uint32_t b[2])
 }
 #endif
 
-// 16 bytes from global to shared memory, or zeros where not `inside`; both addresses are aligned to 16 bytes.
+// kBytes from global to shared memory (4, 8 or 16), or zeros where not `inside`; both addresses are aligned to as much.
+template <int kBytes = 16>
 TEMPER_DEVICE void copy_async(Shared to, const void* from, bool inside) {
 #ifdef TEMPER_CUDA
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
-               : "memory");
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes),
+                 "r"(inside ? kBytes : 0)
+                 : "memory");
+  }
 #else
-  host::copy_later(to, inside ? from : nullptr, 16);
+  host::copy_later(to, inside ? from : nullptr, kBytes);
 #endif
 }
 
@@ -122,5 +129,41 @@ TEMPER_DEVICE void store_shared(Shared to, const Vector4& value) {
                : "memory");
 #else
   memcpy(to, &value, sizeof value);
+#endif
+}
+
+TEMPER_DEVICE Vector4 load_shared(Shared from) {
+  Vector4 value;
+#ifdef TEMPER_CUDA
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.w[0]), "=r"(value.w[1]), "=r"(value.w[2]), "=r"(value.w[3])
+               : "r"(from)
+               : "memory");
+#else
+  memcpy(&value, from, sizeof value);
+#endif
+  return value;
+}
+
+// 16 bits.
+TEMPER_DEVICE uint32_t load_shared_half(Shared from) {
+  uint16_t value;
+#ifdef TEMPER_CUDA
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(value) : "r"(from) : "memory");
+#else
+  memcpy(&value, from, sizeof value);
+#endif
+  return value;
+}
+
+// The products of two pairs of bf16, each rounded once.
+TEMPER_DEVICE uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+#ifdef TEMPER_CUDA
+  uint32_t product;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+  return product;
+#else
+  const auto half = [](uint32_t pair, int i) { return widened(Bf16{uint16_t(pair >> (16 * i))}); };
+  return narrowed_pair(static_cast<const Bf16*>(nullptr), half(a, 0) * half(b, 0), half(a, 1) * half(b, 1));
 #endif
 }

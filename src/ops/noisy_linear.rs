@@ -75,7 +75,8 @@ fn noisy_product(
 ) -> Result<()> {
     let sums = sink.map(|sink| sink.device_sums(a.device())).transpose()?;
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
-    let product = Product { layout, a: &a, b: &b, into, bias, error: Some(draw), keys, sums: sums.as_ref() };
+    let product =
+        Product { layout, a: &a, b: &b, scales: None, into, bias, error: Some(draw), keys, sums: sums.as_ref() };
     matmul(&Gpu::of("noisy_linear: x", &a)?, &product)
 }
 

@@ -46,6 +46,7 @@ fn every_fatbin_holds_every_architecture() {
         "matmul_nn",
         "matmul_nt",
         "matmul_tn",
+        "matmul_w4",
         "noise",
     ];
     assert_eq!(names, files);
@@ -98,6 +99,7 @@ fn most_registers(kernel: &str) -> u32 {
         _ if kernel.ends_with("_errors") || kernel.contains("4over6") => (256, 2),
         _ if kernel.starts_with("noise") || kernel == "matmul_f32" => (256, 2),
         _ if kernel.contains("64x128") => (128, 3),
+        _ if kernel.contains("w4_64x256") => (128, 1),
         _ if kernel.starts_with("matmul") => (128, 2),
         _ if kernel.starts_with("fake_quant_mxfp4") || kernel.starts_with("fake_quant_nvfp4_2d") => (256, 6),
         _ if kernel.starts_with("fake_quant_nvfp4_single") => (256, 4),

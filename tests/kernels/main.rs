@@ -13,6 +13,7 @@ mod host;
 mod matmul;
 mod mutation;
 mod noise;
+mod packed;
 mod preconditions;
 mod selftest;
 mod shim;

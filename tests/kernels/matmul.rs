@@ -15,23 +15,23 @@ const LAYOUTS: [Layout; 3] = [Layout::Nt, Layout::Nn, Layout::Tn];
 const KINDS: [Kind; 3] = [Kind::BFloat16, Kind::Half, Kind::Float];
 
 /// Operands of a product of sizes (m, n, k).
-struct Case {
+pub struct Case {
     layout: Layout,
-    a: Tensor,
-    b: Tensor,
+    pub a: Tensor,
+    pub b: Tensor,
     bias: Tensor,
-    keys: RowKeys,
+    pub keys: RowKeys,
     sizes: (usize, usize, usize),
 }
 
 impl Case {
-    fn new(layout: Layout, kind: Kind, (m, n, k): (usize, usize, usize), seed: u64) -> Case {
+    pub fn new(layout: Layout, kind: Kind, (m, n, k): (usize, usize, usize), seed: u64) -> Case {
         let mut rng = Lcg(seed);
         let mut matrix = |rows: usize, cols: usize| {
             tensor(&(0..rows * cols).map(|_| rng.value()).collect::<Vec<_>>(), rows, cols, kind)
         };
         let (a, b) = match layout {
-            Layout::Nt => (matrix(m, k), matrix(n, k)),
+            Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4 => (matrix(m, k), matrix(n, k)),
             Layout::Nn => (matrix(m, k), matrix(k, n)),
             Layout::Tn => (matrix(k, m), matrix(k, n)),
         };
@@ -40,16 +40,16 @@ impl Case {
         Case { layout, a, b, bias, keys, sizes: (m, n, k) }
     }
 
-    fn product<'a>(&'a self, into: Destination<'a>, error: Option<&'a ErrorDraw>) -> Product<'a> {
+    pub fn product<'a>(&'a self, into: Destination<'a>, error: Option<&'a ErrorDraw>) -> Product<'a> {
         let Case { layout, a, b, keys, .. } = self;
-        Product { layout: *layout, a, b, into, bias: None, error, keys, sums: None }
+        Product { layout: *layout, a, b, scales: None, into, bias: None, error, keys, sums: None }
     }
 
     /// C and, of every element, the sum of its terms' magnitudes, in f64.
-    fn exact(&self) -> (Tensor, Tensor) {
+    pub fn exact(&self) -> (Tensor, Tensor) {
         let (a, b) = (self.a.to_kind(Kind::Double), self.b.to_kind(Kind::Double));
         let (a, b) = match self.layout {
-            Layout::Nt => (a, b.transpose(0, 1)),
+            Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4 => (a, b.transpose(0, 1)),
             Layout::Nn => (a, b),
             Layout::Tn => (a.transpose(0, 1), b),
         };
@@ -67,7 +67,7 @@ impl Case {
 
 /// Every element within the bound of a sum of sixteen terms at a time: the host adds one by one, a tensor core is coarser, and
 /// `temper selftest` has its bound.
-fn assert_near(found: &Tensor, (exact, magnitude): &(Tensor, Tensor), k: usize, what: &str) {
+pub fn assert_near(found: &Tensor, (exact, magnitude): &(Tensor, Tensor), k: usize, what: &str) {
     let slack = magnitude * (k as f64).sqrt().max(4.0) * f64::from(f32::EPSILON) + 1e-30;
     let worst = ((found.to_kind(Kind::Double) - exact).abs() / slack).max();
     let worst = f64::try_from(worst).unwrap();

@@ -8,9 +8,10 @@ use std::process::Command;
 use tch::{Device, Kind, Tensor};
 use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
+use temper::numerics::format::Format;
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
 use temper::ops::cuda::launch::{Executor, Launch};
-use temper::ops::cuda::matmul::{self, Layout, Product, choices};
+use temper::ops::cuda::matmul::{self, Layout, PackedWeight, Product, choices};
 use temper::ops::cuda::noise::{Destination, Law, Noisy, SUMS, add_noise};
 use temper::ops::matmul_error::RowKeys;
 use temper::{Error, Result};
@@ -89,12 +90,33 @@ fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
         let a = tensor(&a, 130, 544, kind);
         let out = tensor(&vec![0.0; 130 * 130], 130, 130, Kind::Float);
         let into = Destination::Store(&out);
-        let product =
-            Product { layout: Layout::Nt, a: &a, b: &a, into, bias: None, error: None, keys: &keys, sums: None };
+        let product = Product {
+            layout: Layout::Nt,
+            a: &a,
+            b: &a,
+            scales: None,
+            into,
+            bias: None,
+            error: None,
+            keys: &keys,
+            sums: None,
+        };
         let choice = choices(Layout::Nt, kind, 544).into_iter().find(|choice| choice.splits == splits).unwrap();
         matmul::prepare(executor, &product, choice)?.run(executor)?;
         found.push(bytes(&out));
     }
+    let (a, w) = (
+        tensor(&vec![1.5; 40 * 1024], 40, 1024, Kind::BFloat16),
+        tensor(&nasty(130, 1024, 5, false), 130, 1024, Kind::BFloat16),
+    );
+    let w = PackedWeight::quantize(executor, &w.clamp(-8.0, 8.0), Format::NVFP4)?;
+    let out = tensor(&vec![0.0; 40 * 130], 40, 130, Kind::Float);
+    let into = Destination::Store(&out);
+    let (layout, scales) = (w.layout, Some(w.scales()));
+    let product =
+        Product { layout, a: &a, b: &w.codes, scales, into, bias: None, error: None, keys: &keys, sums: None };
+    matmul::prepare(executor, &product, choices(layout, Kind::BFloat16, 1024)[0])?.run(executor)?;
+    found.push(bytes(&out));
     Ok(found)
 }
 

@@ -4,10 +4,12 @@
 use tch::{Device, Kind, Tensor};
 
 use super::{Check, Compared, Sizes, dtype, enter, inputs};
+use crate::numerics::block_format::TensorScale;
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Executor;
-use crate::ops::cuda::matmul::{Choice, Layout, Product, choices, prepare};
+use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, choices, prepare};
 use crate::ops::cuda::noise::Destination;
+use crate::ops::fake_quant::fake_quant;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, finish_product};
 use crate::ops::noisy_linear::{self, NoisyLinearCall, ProductError, WeightGradientError};
 use crate::{Error, Result};
@@ -20,8 +22,12 @@ const SPLITS: [u32; 4] = [1, 2, 5, 16];
 
 pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -> Result<()> {
     for &(m, n, k) in sizes.products {
-        for (layout, kind) in LAYOUTS.into_iter().flat_map(|layout| KINDS.map(|kind| (layout, kind))) {
-            let case = Case::new(layout, kind, (m, n, k))?;
+        let mut operands: Vec<_> = LAYOUTS.into_iter().flat_map(|layout| KINDS.map(|kind| (layout, kind))).collect();
+        if k as i64 % PACKED_K == 0 {
+            operands.extend([Layout::NtMxfp4, Layout::NtNvfp4].map(|layout| (layout, Kind::BFloat16)));
+        }
+        for (layout, kind) in operands {
+            let case = Case::new(executor, layout, kind, (m, n, k))?;
             for choice in choices(layout, kind, k as i64).into_iter().filter(|c| SPLITS.contains(&c.splits)) {
                 let Choice { tile, splits } = choice;
                 let name = format!("{layout:?} {}x{} splits {splits}", tile.m, tile.n);
@@ -37,39 +43,57 @@ pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -
     Ok(())
 }
 
+enum Operand {
+    Dense(Tensor),        // on the CPU
+    Packed(PackedWeight), // on the device
+}
+
 struct Case {
     layout: Layout,
     a: Tensor, // on the CPU
-    b: Tensor,
+    b: Operand,
     exact: Tensor,     // f64 [m, n]
     magnitude: Tensor, // f64 [m, n]: the sum of the terms' magnitudes
     k: usize,
 }
 
 impl Case {
-    fn new(layout: Layout, kind: Kind, (m, n, k): (usize, usize, usize)) -> Result<Case> {
+    fn new(executor: &dyn Executor, layout: Layout, kind: Kind, (m, n, k): (usize, usize, usize)) -> Result<Case> {
         let normal = |shape: (usize, usize)| -> Result<Tensor> { inputs(shape, kind, false) };
         let (a, b) = match layout {
-            Layout::Nt => (normal((m, k))?, normal((n, k))?),
+            Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4 => (normal((m, k))?, normal((n, k))?),
             Layout::Nn => (normal((m, k))?, normal((k, n))?),
             Layout::Tn => (normal((k, m))?, normal((k, n))?),
+        };
+        let (operand, b) = match layout.packed_format() {
+            None => (Operand::Dense(b.shallow_clone()), b),
+            Some(format) => {
+                let packed = PackedWeight::quantize(executor, &b.f_to_device(executor.device())?, format)?;
+                // The product of what the CPU fake-quantizes.
+                (Operand::Packed(packed), fake_quant(&b, format, TensorScale::Tensor, None)?)
+            }
         };
         let wide = |t: &Tensor, transposed: bool| -> Result<Tensor> {
             let wide = t.f_to_kind(Kind::Double)?;
             Ok(if transposed { wide.f_transpose(0, 1)? } else { wide })
         };
-        let (rows, columns) = (wide(&a, layout == Layout::Tn)?, wide(&b, layout == Layout::Nt)?);
+        let (rows, columns) = (wide(&a, layout == Layout::Tn)?, wide(&b, !matches!(layout, Layout::Nn | Layout::Tn))?);
         let (exact, magnitude) = (rows.f_mm(&columns)?, rows.f_abs()?.f_mm(&columns.f_abs()?)?);
-        Ok(Case { layout, a, b, exact, magnitude, k })
+        Ok(Case { layout, a, b: operand, exact, magnitude, k })
     }
 
     fn run(&self, executor: &dyn Executor, a: &Tensor, error: Option<&ErrorDraw>, choice: Choice) -> Result<Tensor> {
         let device = executor.device();
-        let (a, b) = (a.f_to_device(device)?, self.b.f_to_device(device)?);
+        let a = a.f_to_device(device)?;
+        let (b, scales) = match &self.b {
+            Operand::Dense(b) => (b.f_to_device(device)?, None),
+            Operand::Packed(packed) => (packed.codes.shallow_clone(), Some(packed.scales())),
+        };
         let out = Tensor::f_full(self.exact.size(), f64::NAN, (Kind::Float, device))?;
         let keys = RowKeys::new((0..self.exact.size()[0] as u64).map(|row| row << 18 | 3).collect());
         let into = Destination::Store(&out);
-        let product = Product { layout: self.layout, a: &a, b: &b, into, bias: None, error, keys: &keys, sums: None };
+        let product =
+            Product { layout: self.layout, a: &a, b: &b, scales, into, bias: None, error, keys: &keys, sums: None };
         prepare(executor, &product, choice)?.run(executor)?;
         Ok(out.f_to_device(Device::Cpu)?)
     }

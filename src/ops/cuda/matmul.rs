@@ -3,15 +3,20 @@
 #![allow(unsafe_code)]
 
 mod kernel;
+mod packed;
 mod tile;
 
-use tch::{Kind, Tensor};
+use std::ffi::c_void;
+
+use tch::{Device, Kind, Tensor};
 
 use super::launch::{Executor, Needs, Prepared};
 use super::noise::{Destination, SUMS};
+use crate::numerics::format::Format;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 use crate::{Error, Result};
 use kernel::Call;
+pub use packed::PackedWeight;
 pub use tile::{Choice, TileShape, choices, choose};
 
 /// How the operands of C [m, n] = A B^T are stored.
@@ -23,6 +28,20 @@ pub enum Layout {
     Nn,
     /// a [k, m], b [k, n]: dW = dY^T x.
     Tn,
+    /// As `Nt`, where b is held as codes and scales: y = x Q^T.
+    NtMxfp4,
+    NtNvfp4,
+}
+
+impl Layout {
+    /// Of a packed b: its family and block.
+    pub fn packed_format(self) -> Option<Format> {
+        match self {
+            Layout::NtMxfp4 => Some(Format::MXFP4),
+            Layout::NtNvfp4 => Some(Format::NVFP4),
+            Layout::Nt | Layout::Nn | Layout::Tn => None,
+        }
+    }
 }
 
 /// A product and where it goes.
@@ -30,7 +49,9 @@ pub enum Layout {
 pub struct Product<'a> {
     pub layout: Layout,
     pub a: &'a Tensor, // bf16, f16 or f32, contiguous
-    pub b: &'a Tensor, // of the dtype of a
+    pub b: &'a Tensor, // of the dtype of a; packed: codes u8 [n, k / 2], low nibble first
+    /// With a packed b alone.
+    pub scales: Option<PackedScales<'a>>,
     /// [m, n]: of the dtype of a, or f32; with `Add` f32.
     pub into: Destination<'a>,
     pub bias: Option<&'a Tensor>, // [n] f32; not with `Add`
@@ -40,10 +61,21 @@ pub struct Product<'a> {
     pub sums: Option<&'a Tensor>,
 }
 
-/// Multiplies.
+/// What a [`PackedWeight`] has besides its codes.
+#[derive(Clone, Copy)]
+pub struct PackedScales<'a> {
+    pub of_blocks: &'a Tensor,    // u8 [n, blocks of k]: E8M0 or E4M3
+    pub amax: Option<&'a Tensor>, // f32 [1], in NVFP4
+}
+
+/// k of a packed product is a multiple of this: of a stage, kPackedK of kernels/include/matmul_w4.cuh.
+pub const PACKED_K: i64 = 128;
+
+/// Multiplies. With a packed b: bf16 alone, and k a multiple of [`PACKED_K`].
 ///
 /// # Errors
-/// `Runtime` naming the tensor of the wrong device, dtype, shape or strides; `Unavailable` without kernels or driver.
+/// `Runtime` naming the tensor of the wrong device, dtype, shape, strides or alignment; `Unavailable` without kernels or
+/// driver.
 pub fn matmul(executor: &dyn Executor, product: &Product) -> Result<()> {
     let (m, n, k) = product.sizes()?;
     let choice = choose(product.layout, product.a.kind(), (m, n, k), executor.multiprocessors()?);
@@ -58,18 +90,21 @@ pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Re
     let device = executor.device();
     let (m, n, k) = product.sizes()?;
     let kind = product.a.kind();
-    if ![Kind::BFloat16, Kind::Half, Kind::Float].contains(&kind) {
-        return Err(Error::Runtime(format!("matmul: a: found dtype {kind:?}, expected BFloat16, Half or Float")));
+    let packed = product.layout.packed_format();
+    let kinds: &[Kind] = if packed.is_some() { &[Kind::BFloat16] } else { &[Kind::BFloat16, Kind::Half, Kind::Float] };
+    if !kinds.contains(&kind) {
+        return Err(Error::Runtime(format!("matmul: a: found dtype {kind:?}, expected one of {kinds:?}")));
     }
     let needs =
         |name, kind: Kind, shape: &[i64], tensor: &Tensor| Needs { name, kinds: &[kind], shape, device }.check(tensor);
-    let (shape_a, shape_b) = match product.layout {
-        Layout::Nt => ([m, k], [n, k]),
-        Layout::Nn => ([m, k], [k, n]),
-        Layout::Tn => ([k, m], [k, n]),
+    let (shape_a, shape_b, kind_b) = match product.layout {
+        Layout::Nt => ([m, k], [n, k], kind),
+        Layout::Nn => ([m, k], [k, n], kind),
+        Layout::Tn => ([k, m], [k, n], kind),
+        Layout::NtMxfp4 | Layout::NtNvfp4 => ([m, k], [n, k / 2], Kind::Uint8),
     };
     let a = needs("matmul: a", kind, &shape_a, product.a)?;
-    let b = needs("matmul: b", kind, &shape_b, product.b)?;
+    let b = needs("matmul: b", kind_b, &shape_b, product.b)?;
     let out = match product.into {
         Destination::Store(out) | Destination::Add(out) => out,
     };
@@ -80,10 +115,13 @@ pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Re
         return Err(Error::Runtime("matmul: found a sum with a bias, expected one without".into()));
     }
     let null = std::ptr::null_mut();
+    let (scales, amax) = packed.map_or(Ok((null, null)), |format| product.scales(format, device))?;
     let bias = product.bias.map_or(Ok(null), |bias| needs("matmul: bias", Kind::Float, &[n], bias))?;
     let sums = product.sums.map_or(Ok(null), |sums| needs("matmul: sums", Kind::Double, &[1, SUMS], sums))?;
     let mut memory: Vec<Tensor> = [product.a, product.b, out].map(Tensor::shallow_clone).into();
     memory.extend([product.bias, product.sums].into_iter().flatten().map(Tensor::shallow_clone));
+    let of_b = product.scales.map_or([None, None], |scales| [Some(scales.of_blocks), scales.amax]);
+    memory.extend(of_b.into_iter().flatten().map(Tensor::shallow_clone));
     let keys = match (product.error, product.keys.first_of_consecutive()) {
         (None, _) => Some(0),
         (Some(_), _) if product.keys.len() as i64 != m => {
@@ -100,8 +138,20 @@ pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Re
             list
         }
     };
-    let mut call =
-        Call { layout: product.layout, kind, choice, a, b, c, bias, sums, keys: keys.unwrap_or(0), key_list };
+    let mut call = Call {
+        layout: product.layout,
+        kind,
+        choice,
+        a,
+        b,
+        scales,
+        amax,
+        c,
+        bias,
+        sums,
+        keys: keys.unwrap_or(0),
+        key_list,
+    };
     let launches = match m * n {
         0 => Vec::new(),
         _ => {
@@ -116,11 +166,36 @@ pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Re
 }
 
 impl Product<'_> {
+    /// Pointers to the scales of blocks and of the tensor of a packed b; and that all is as its kernels want it.
+    fn scales(&self, format: Format, device: Device) -> Result<(*mut c_void, *mut c_void)> {
+        let bad = |what: String| Error::Runtime(format!("matmul: {what} with a packed b"));
+        let (_, n, k) = self.sizes()?;
+        if k % PACKED_K != 0 {
+            return Err(bad(format!("k: found {k}, expected a multiple of {PACKED_K}")));
+        }
+        let scales = self.scales.ok_or_else(|| bad("scales: found none, expected them".into()))?;
+        let needs = |name, kind: Kind, shape: &[i64], tensor: &Tensor| {
+            Needs { name, kinds: &[kind], shape, device }.check(tensor)
+        };
+        let block = format.block_size(0) as i64;
+        let of_blocks = needs("matmul: scales", Kind::Uint8, &[n, k / block], scales.of_blocks)?;
+        let amax = match (self.layout, scales.amax) {
+            (Layout::NtNvfp4, Some(amax)) => needs("matmul: amax", Kind::Float, &[1], amax)?,
+            (Layout::NtNvfp4, None) => return Err(bad("amax: found none, expected NVFP4's".into())),
+            _ => std::ptr::null_mut(),
+        };
+        let aligned = |tensor: &Tensor| (tensor.data_ptr() as usize).is_multiple_of(16);
+        match [("a", self.a), ("b", self.b), ("scales", scales.of_blocks)].into_iter().find(|(_, t)| !aligned(t)) {
+            Some((name, _)) => Err(bad(format!("{name}: found an address that is no multiple of 16, expected one"))),
+            None => Ok((of_blocks, amax)),
+        }
+    }
+
     /// (m, n, k).
     fn sizes(&self) -> Result<(i64, i64, i64)> {
         let (a, b) = (self.a.size(), self.b.size());
         match (self.layout, &a[..], &b[..]) {
-            (Layout::Nt, &[m, k], &[n, _]) => Ok((m, n, k)),
+            (Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4, &[m, k], &[n, _]) => Ok((m, n, k)),
             (Layout::Nn, &[m, k], &[_, n]) => Ok((m, n, k)),
             (Layout::Tn, &[k, m], &[_, n]) => Ok((m, n, k)),
             _ => Err(Error::Runtime(format!("matmul: found shapes {a:?} and {b:?}, expected two matrices"))),

@@ -11,7 +11,7 @@ use crate::ops::cuda::noise::{NO_ERROR, law_number};
 use crate::ops::matmul_error::ErrorDraw;
 use crate::{Error, Result};
 
-/// `MatmulArgs` of kernels/include/matmul.cuh.
+/// `MatmulArgs` of kernels/include/matmul_tile.cuh.
 #[repr(C)]
 struct MatmulArgs {
     a: *const c_void,
@@ -23,6 +23,8 @@ struct MatmulArgs {
     sums: *mut c_void,
     partials: *mut c_void,
     tickets: *mut c_void,
+    scales: *const c_void,
+    amax: *const c_void,
     m: u32,
     n: u32,
     k: u32,
@@ -54,6 +56,8 @@ pub struct Call {
     pub choice: Choice,
     pub a: *mut c_void,
     pub b: *mut c_void,
+    pub scales: *mut c_void,
+    pub amax: *mut c_void,
     pub c: *mut c_void,
     pub bias: *mut c_void,
     pub sums: *mut c_void,
@@ -95,7 +99,7 @@ impl Call {
         let size = self.kind.elt_size_in_bytes();
         // The last dimension of each operand.
         let (last_a, last_b) = match self.layout {
-            Layout::Nt => (k, k),
+            Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4 => (k, k),
             Layout::Nn => (k, n),
             Layout::Tn => (m, n),
         };
@@ -111,7 +115,7 @@ impl Call {
             | flag(is_f32, F32)
             | flag(adds, ADDS)
             | flag(self.layout == Layout::Tn, A_ROWS_LAST)
-            | flag(self.layout != Layout::Nt, B_ROWS_LAST);
+            | flag(matches!(self.layout, Layout::Nn | Layout::Tn), B_ROWS_LAST);
         let pointer = |tensor: &Option<Tensor>| tensor.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
         let args = MatmulArgs {
             a: self.a,
@@ -123,6 +127,8 @@ impl Call {
             sums: self.sums,
             partials: pointer(partials),
             tickets: pointer(tickets),
+            scales: self.scales,
+            amax: self.amax,
             m,
             n,
             k,
@@ -147,12 +153,14 @@ impl Call {
 
     /// File and name.
     fn kernel(&self) -> (&'static str, String) {
+        let (m, n) = (self.choice.tile.m, self.choice.tile.n);
         let (file, layout) = match self.layout {
             Layout::Nt => ("matmul_nt", "nt"),
             Layout::Nn => ("matmul_nn", "nn"),
             Layout::Tn => ("matmul_tn", "tn"),
+            Layout::NtMxfp4 => return ("matmul_w4", format!("matmul_w4_{m}x{n}_mxfp4")),
+            Layout::NtNvfp4 => return ("matmul_w4", format!("matmul_w4_{m}x{n}_nvfp4")),
         };
-        let (m, n) = (self.choice.tile.m, self.choice.tile.n);
         match self.kind {
             Kind::BFloat16 => (file, format!("matmul_{layout}_{m}x{n}_bf16")),
             Kind::Half => (file, format!("matmul_{layout}_{m}x{n}_f16")),

@@ -5,30 +5,43 @@ use tch::Kind;
 use super::Layout;
 
 /// A tile of C, as a kernel has it: `MatmulTile` of kernels/include/matmul.cuh.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct TileShape {
     pub m: u32,
     pub n: u32,
     pub threads: u32,
     pub shared_bytes: u32,
+    /// k of a stage.
+    pub step_k: u32,
     /// Blocks of threads that fit a multiprocessor.
     pub resident: u32,
+    /// Multiplications a clock and multiprocessor, over the 1024 that an A100 can do.
+    efficiency: f64,
 }
 
-const fn tile(m: u32, n: u32, resident: u32) -> TileShape {
-    // Four stages of 32 k in 16 bits.
-    TileShape { m, n, threads: 128, shared_bytes: 4 * (m + n) * 32 * 2, resident }
+/// Four stages of 32 k in 16 bits.
+const fn dense(m: u32, n: u32, resident: u32, efficiency: f64) -> TileShape {
+    TileShape { m, n, threads: 128, shared_bytes: 4 * (m + n) * 32 * 2, step_k: 32, resident, efficiency }
 }
 
-const LARGE: TileShape = tile(128, 128, 2);
-const MEDIUM: TileShape = tile(64, 128, 3);
-const DECODE_32: TileShape = tile(32, 256, 2);
-const DECODE_16: TileShape = tile(16, 256, 2);
+/// Three stages of 128 k: A in 16 bits, the weight's codes in 4 and its scales.
+const fn packed(m: u32, scales_of_row: u32, resident: u32, efficiency: f64) -> TileShape {
+    let shared_bytes = 3 * (m * 256 + 256 * (64 + scales_of_row));
+    TileShape { m, n: 256, threads: 128, shared_bytes, step_k: 128, resident, efficiency }
+}
+
+const LARGE: TileShape = dense(128, 128, 2, 0.85);
+const MEDIUM: TileShape = dense(64, 128, 3, 0.7);
+const DECODE_32: TileShape = dense(32, 256, 2, 0.4);
+const DECODE_16: TileShape = dense(16, 256, 2, 0.4);
 /// Of matmul_f32, which has static shared memory and no stages.
-const F32: TileShape = TileShape { m: 128, n: 64, threads: 256, shared_bytes: 0, resident: 2 };
+const F32: TileShape =
+    TileShape { m: 128, n: 64, threads: 256, shared_bytes: 0, step_k: 32, resident: 2, efficiency: 0.05 };
+const MXFP4: [TileShape; 3] = [packed(64, 4, 1, 0.65), packed(32, 4, 2, 0.5), packed(16, 4, 2, 0.3)];
+const NVFP4: [TileShape; 3] = [packed(64, 8, 1, 0.5), packed(32, 8, 2, 0.35), packed(16, 8, 2, 0.2)];
 
 /// A tile and a number of splits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
     pub tile: TileShape,
     /// Blocks of threads that share a tile of C, each with a part of k.
@@ -36,9 +49,9 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// k of a split, a multiple of the kernels' 32.
+    /// k of a split, a multiple of a stage's.
     pub fn split_k(&self, k: i64) -> u32 {
-        (k as u32).div_ceil(self.splits).next_multiple_of(32).max(32)
+        (k as u32).div_ceil(self.splits).next_multiple_of(self.tile.step_k).max(self.tile.step_k)
     }
 }
 
@@ -50,6 +63,8 @@ const MOST_SPLITS: u32 = 32;
 pub fn choices(layout: Layout, kind: Kind, k: i64) -> Vec<Choice> {
     let tiles: &[TileShape] = match (kind, layout) {
         (Kind::Float, _) => return vec![Choice { tile: F32, splits: 1 }],
+        (_, Layout::NtMxfp4) => &MXFP4,
+        (_, Layout::NtNvfp4) => &NVFP4,
         (Kind::BFloat16, Layout::Nt) => &[LARGE, MEDIUM, DECODE_32, DECODE_16],
         (Kind::BFloat16, _) => &[LARGE, MEDIUM],
         _ => &[LARGE],
@@ -73,12 +88,7 @@ pub fn choose(layout: Layout, kind: Kind, (m, n, k): (i64, i64, i64), multiproce
         let Choice { tile, splits } = *choice;
         let tiles = (m as f64 / f64::from(tile.m)).ceil() * (n as f64 / f64::from(tile.n)).ceil();
         let area = f64::from(tile.m * tile.n);
-        let efficiency = match tile {
-            LARGE => 0.85,
-            MEDIUM => 0.7,
-            _ => 0.4,
-        };
-        let block = area * f64::from(choice.split_k(k)) / (1024.0 * efficiency) + area / 16.0 + 1000.0;
+        let block = area * f64::from(choice.split_k(k)) / (1024.0 * tile.efficiency) + area / 16.0 + 1000.0;
         let blocks = tiles * f64::from(splits);
         let of_wave = processors * f64::from(tile.resident);
         let waves = (blocks / of_wave).floor() * f64::from(tile.resident);
@@ -106,19 +116,26 @@ mod tests {
 
     #[test]
     fn a_decoding_step_takes_flat_tiles_and_splits_that_fill_the_machine() {
-        for rows in [1, 8, 16] {
-            let choice = choose(Layout::Nt, Kind::BFloat16, (rows, 1536, 8960), A100);
-            assert_eq!(choice.tile, DECODE_16, "{rows}: {choice:?}");
-            assert!(choice.splits * 6 >= A100, "{rows}: {choice:?}");
+        for (layout, tile) in [(Layout::Nt, DECODE_16), (Layout::NtMxfp4, MXFP4[2]), (Layout::NtNvfp4, NVFP4[2])] {
+            for rows in [1, 8, 16] {
+                let choice = choose(layout, Kind::BFloat16, (rows, 1536, 8960), A100);
+                assert_eq!(choice.tile, tile, "{rows}: {choice:?}");
+                assert!(choice.splits * 6 >= A100, "{rows}: {choice:?}");
+            }
         }
     }
 
     #[test]
     fn splits_cover_k_and_none_is_empty() {
-        for k in [1, 31, 32, 100, 1536, 8960, 8961] {
-            for choice in choices(Layout::Nt, Kind::BFloat16, k) {
+        for (layout, k) in
+            [Layout::Nt, Layout::NtMxfp4].into_iter().flat_map(|l| [1, 32, 100, 8960, 8961].map(|k| (l, k)))
+        {
+            for choice in choices(layout, Kind::BFloat16, k) {
                 let split_k = choice.split_k(k);
-                assert!(split_k.is_multiple_of(32) && choice.splits * split_k >= k as u32, "{k}: {choice:?}");
+                assert!(
+                    split_k.is_multiple_of(choice.tile.step_k) && choice.splits * split_k >= k as u32,
+                    "{choice:?}"
+                );
                 assert!((choice.splits - 1) * split_k < k as u32, "{k}: {choice:?}");
             }
         }
