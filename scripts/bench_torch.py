@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""What a PyTorch user would run instead: fake quantization and noise as torch operations, eager and torch.compile.
+"""What a PyTorch user would run instead: fake quantization, noise and noisy linears as torch operations, eager and
+torch.compile; and a decoding step's clean linears in a CUDA graph.
 
     temper bench kernels --device cuda --json > temper.json
     scripts/bench_torch.py --beside temper.json          # a table side by side; run both on the same machine
 
   --device D     cuda (default) or cpu
   --shapes S     rows x cols, comma-separated (default: those that temper times in bf16)
+  --linears L    tokens x out x in of noisy linears, comma-separated
   --json         one object a row, instead of the table
   --beside FILE  temper's own result, joined by operation and shape
 
@@ -23,6 +25,11 @@ import torch
 
 SHAPES = "8960x1536,1536x8960,18944x3584,65536x8192"
 PRODUCTS = "4096x8960,16384x8960"
+LINEARS = "4096x1536x1536,4096x8960x1536,4096x1536x8960,4096x18944x3584,4096x3584x18944"
+# A layer's linears [out, in] as decoding runs them: qkv, o, gate and up, down.
+LAYERS = {"Qwen2.5-1.5B": [(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+          "Qwen2.5-7B": [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]}
+DECODE_TOKENS = [1, 8, 64]
 ROTATED_BYTES = 256 << 20
 WINDOW_US = 1000
 
@@ -77,6 +84,11 @@ def noise(y):
     return y + torch.randn_like(y) * y.abs() * 0.05
 
 
+def noisy_linear(operands):
+    x, w = operands
+    return noise(x @ w.t())
+
+
 QUANTIZERS = {"fake_quant mxfp4": mxfp4, "fake_quant mxfp4:sr": mxfp4_sr, "fake_quant mxfp8": mxfp8,
               "fake_quant nvfp4": nvfp4}
 
@@ -104,18 +116,46 @@ def time_us(run, inputs, device, rounds=30):
     return statistics.median(window(i * calls, calls) for i in range(rounds))
 
 
-def measure(name, function, shape, dtype, device):
-    size = shape[0] * shape[1] * torch.finfo(dtype).bits // 8
-    count = max(2, -(-ROTATED_BYTES // size)) if device == "cuda" else 2
-    inputs = [(torch.randn(shape, device=device) * 0.02).to(dtype) for _ in range(count)]
+def turns(elements, device):
+    """How many buffers of bf16 exceed the caches."""
+    return max(2, -(-ROTATED_BYTES // (2 * elements))) if device == "cuda" else 2
+
+
+def matrix(shape, device):
+    return (torch.randn(shape, device=device) * 0.02).bfloat16()
+
+
+def measure(name, function, shape, device):
+    if name.startswith("linear"):
+        tokens, out, inner = shape
+        count = turns(tokens * inner + out * inner + tokens * out, device)
+        inputs = [(matrix((tokens, inner), device), matrix((out, inner), device)) for _ in range(count)]
+    else:
+        inputs = [matrix(shape, device) for _ in range(turns(shape[0] * shape[1], device))]
     torch._dynamo.reset()  # else the second shape would compile for any
     compiled = torch.compile(function, dynamic=False)
-    if "sr" not in name and "noise" not in name:
+    if "sr" not in name and "nois" not in name:
         same = torch.equal(function(inputs[0]), compiled(inputs[0]))
         if not same:
             print(f"note: {name}: torch.compile gives other values than eager", file=sys.stderr)
     return {"name": name, "shape": list(shape), "eager_us": time_us(function, inputs, device),
             "compile_us": time_us(compiled, inputs, device)}
+
+
+def measure_decoded_layer(model, shapes, tokens, device):
+    """cuBLAS in a graph: what packed weights have to beat. Layers take turns, so that no weight is in the cache."""
+    count = turns(sum(out * inner for out, inner in shapes), device)
+    layers = [[(matrix((tokens, inner), device), matrix((out, inner), device)) for out, inner in shapes]
+              for _ in range(count)]
+    run = lambda layer: [x @ w.t() for x, w in layer]
+    eager_us, graphs = time_us(run, layers, device), []
+    if device == "cuda":
+        for layer in layers:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1]):
+                run(layer)
+    graph_us = time_us(lambda graph: graph.replay(), graphs, device) if graphs else None
+    return {"name": f"layer of {model}, decoding, clean", "shape": [tokens], "eager_us": eager_us, "graph_us": graph_us}
 
 
 def shapes_of(text):
@@ -127,6 +167,7 @@ def main():
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shapes", type=shapes_of, default=shapes_of(SHAPES))
     parser.add_argument("--products", type=shapes_of, default=shapes_of(PRODUCTS))
+    parser.add_argument("--linears", type=shapes_of, default=shapes_of(LINEARS))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--beside", type=argparse.FileType())
     args = parser.parse_args()
@@ -136,8 +177,12 @@ def main():
     rows = []
     with torch.no_grad():
         for shape in args.shapes:
-            rows += [measure(name, f, shape, torch.bfloat16, args.device) for name, f in QUANTIZERS.items()]
-        rows += [measure("noise", noise, shape, torch.bfloat16, args.device) for shape in args.products]
+            rows += [measure(name, f, shape, args.device) for name, f in QUANTIZERS.items()]
+        rows += [measure("noise", noise, shape, args.device) for shape in args.products]
+        rows += [measure("linear forward, noisy", noisy_linear, shape, args.device) for shape in args.linears]
+        layers = [(model, shapes, n) for model, shapes in LAYERS.items() for n in DECODE_TOKENS]
+        if args.device == "cuda":
+            rows += [measure_decoded_layer(model, shapes, n, args.device) for model, shapes, n in layers]
     ours = {}
     if args.beside:
         for row in json.load(args.beside)["rows"]:
@@ -149,14 +194,17 @@ def main():
         name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
         print(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))
         return
-    print("| operation, bf16 | shape | temper, us | eager, us | torch.compile, us | eager / temper | compile / temper |")
-    print("|---|---|---|---|---|---|---|")
+    print("| operation, bf16 | shape | temper, us | eager, us | torch.compile, us | graph, us | eager / temper "
+          "| compile / temper |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         own = row["temper_us"]
-        ratio = lambda us: f"{us / own:.1f}" if own else ""
+        us = lambda time: f"{time:.1f}" if time else ""
+        ratio = lambda time: f"{time / own:.1f}" if time and own else ""
         shape = " x ".join(map(str, row["shape"]))
-        print(f"| {row['name']} | {shape} | {f'{own:.1f}' if own else ''} | {row['eager_us']:.1f} | {row['compile_us']:.1f} "
-              f"| {ratio(row['eager_us'])} | {ratio(row['compile_us'])} |")
+        compiled, graph = row.get("compile_us"), row.get("graph_us")
+        print(f"| {row['name']} | {shape} | {us(own)} | {us(row['eager_us'])} | {us(compiled)} | {us(graph)} "
+              f"| {ratio(row['eager_us'])} | {ratio(compiled)} |")
 
 
 if __name__ == "__main__":

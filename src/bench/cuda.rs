@@ -3,6 +3,7 @@
 //! the L2 cache.
 
 mod fake_quant;
+mod matmul;
 mod noise;
 
 use tch::{Kind, Tensor};
@@ -11,6 +12,7 @@ use super::timing::{Clock, Times};
 use super::{Options, Row};
 use crate::Result;
 use crate::ops::cuda::launch::{Executor, Prepared};
+pub use matmul::Model;
 
 /// The matrices that are timed.
 pub struct Shapes {
@@ -23,6 +25,11 @@ pub struct Shapes {
     pub layers: usize,
     /// Norms, and their size: perturbed in one call.
     pub norms: (usize, usize),
+    /// Whose linears are multiplied, for so many tokens each.
+    pub models: &'static [Model],
+    pub tokens: &'static [usize],
+    /// Of the product that shows what torch can do at most.
+    pub square: usize,
     /// The inputs of one kind hold at least this much together.
     pub rotated_bytes: usize,
 }
@@ -48,7 +55,22 @@ pub const GPU: Shapes = Shapes {
     layer: &[(1536, 1536), (256, 1536), (256, 1536), (1536, 1536), (8960, 1536), (8960, 1536), (1536, 8960)],
     layers: 28,
     norms: (57, 1536),
+    models: &[QWEN_1_5B, QWEN_7B],
+    tokens: &[1, 8, 64, 640, 4096, 16384],
+    square: 8192,
     rotated_bytes: 256 << 20,
+};
+
+const QWEN_1_5B: Model = Model {
+    name: "Qwen2.5-1.5B",
+    linears: &[((1536, 1536), 2), ((256, 1536), 2), ((8960, 1536), 2), ((1536, 8960), 1)],
+    fused: &[(2048, 1536), (1536, 1536), (17920, 1536), (1536, 8960)],
+};
+
+const QWEN_7B: Model = Model {
+    name: "Qwen2.5-7B",
+    linears: &[((3584, 3584), 2), ((512, 3584), 2), ((18944, 3584), 2), ((3584, 18944), 1)],
+    fused: &[(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)],
 };
 
 /// Times every kernel on the executor's device.
@@ -59,6 +81,7 @@ pub fn rows(executor: &dyn Executor, clock: &dyn Clock, shapes: &Shapes, options
     let device = OnDevice { executor, clock, shapes };
     let mut rows = fake_quant::rows(&device, options)?;
     rows.extend(noise::rows(&device, options)?);
+    rows.extend(matmul::rows(&device, options)?);
     Ok(rows)
 }
 
@@ -73,7 +96,10 @@ impl OnDevice<'_> {
     /// Enough normal matrices [rows, cols] of a weight's size to take turns.
     fn matrices(&self, (rows, cols): (usize, usize), kind: Kind) -> Result<Vec<Tensor>> {
         let bytes = rows * cols * kind.elt_size_in_bytes();
-        let count = self.shapes.rotated_bytes.div_ceil(bytes).max(2);
+        self.some(self.shapes.rotated_bytes.div_ceil(bytes).max(2), (rows, cols), kind)
+    }
+
+    fn some(&self, count: usize, (rows, cols): (usize, usize), kind: Kind) -> Result<Vec<Tensor>> {
         let matrix = |_| {
             let normal = Tensor::f_randn([rows as i64, cols as i64], (Kind::Float, self.executor.device()))?;
             Ok(normal.f_mul_scalar(0.02)?.f_to_kind(kind)?)

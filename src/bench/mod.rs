@@ -53,6 +53,8 @@ pub struct Row {
     pub gb_per_s: Option<f64>,
     pub flops: Option<f64>,
     pub tflop_per_s: Option<f64>,
+    /// TFLOP/s over those of torch's product of large square matrices in the same run.
+    pub ceiling_ratio: Option<f64>,
     /// This time over that of a copy of the same matrix, by the same threads in the same chunks.
     pub copy_ratio: Option<f64>,
     /// Bytes a second over those of the copy.
@@ -79,6 +81,7 @@ impl Row {
             gb_per_s: None,
             flops: None,
             tflop_per_s: None,
+            ceiling_ratio: None,
             copy_ratio: None,
             copy_bandwidth_ratio: None,
             baseline_ratio: None,
@@ -97,6 +100,11 @@ impl Row {
     fn computing(mut self, flops: f64) -> Row {
         self.flops = Some(flops);
         self.tflop_per_s = Some(flops / self.min_us / 1e6);
+        self
+    }
+
+    fn beside_ceiling(mut self, tflop_per_s: f64) -> Row {
+        self.ceiling_ratio = self.tflop_per_s.map(|own| own / tflop_per_s);
         self
     }
 

@@ -73,7 +73,8 @@ fn text(report: &Report) -> String {
     let gpu = report.gpu.as_ref().map_or(String::new(), |name| format!("{name}, "));
     format!(
         "{table}\n{gpu}{}, {} threads, {}, temper {} at {}, {}\nx copy, x baseline: fastest time over fastest time in the \
-         same run, less is better; of copy: bytes a second over the copy's; torch chain: how many times faster than the same \
+         same run, less is better; of limit: bytes a second over the copy's, \
+         or TFLOP/s over torch's on large squares; torch chain: how many times faster than the same \
          steps as tensor operations",
         report.machine.model,
         report.threads,
@@ -85,7 +86,7 @@ fn text(report: &Report) -> String {
 }
 
 const HEADER: [&str; 10] =
-    ["kernel", "shape", "median", "min", "spread", "speed", "of copy", "x copy", "x baseline", "torch chain"];
+    ["kernel", "shape", "median", "min", "spread", "speed", "of limit", "x copy", "x baseline", "torch chain"];
 
 fn cells(row: &Row) -> [String; 10] {
     let time = |us: f64| match us {
@@ -108,7 +109,7 @@ fn cells(row: &Row) -> [String; 10] {
         time(row.min_us),
         format!("{:.0} %", 100.0 * row.spread),
         speed,
-        or_empty(row.copy_bandwidth_ratio.map(|r| format!("{:.0} %", 100.0 * r))),
+        or_empty(row.copy_bandwidth_ratio.or(row.ceiling_ratio).map(|r| format!("{:.0} %", 100.0 * r))),
         or_empty(row.copy_ratio.map(|r| format!("{r:.2}"))),
         or_empty(baseline.map(|(r, name)| format!("{r:.2} {name}"))),
         or_empty(row.torch_chain_ratio.map(|r| format!("{r:.0}"))),

@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use temper::bench::cuda::{Formats, Shapes, rows};
+use temper::bench::cuda::{Formats, Model, Shapes, rows};
 use temper::bench::timing::Clock;
 use temper::bench::{Options, Row};
 use temper::ops::cpu::path::Path;
@@ -16,6 +16,9 @@ const SHAPES: Shapes = Shapes {
     layer: &[(16, 32), (4, 32), (4, 32), (16, 32), (8, 16), (8, 16), (16, 16)],
     layers: 2,
     norms: (5, 64),
+    models: &[Model { name: "tiny", linears: &[((24, 128), 2), ((128, 24), 1)], fused: &[(48, 128), (128, 128)] }],
+    tokens: &[2, 70],
+    square: 16,
     rotated_bytes: 3 * 32 * 64 * 2,
 };
 
@@ -45,7 +48,8 @@ fn measured(only: Option<&str>) -> Vec<Row> {
 
 #[test]
 fn every_group_has_its_rows() {
-    let rows = measured(None);
+    let mut rows = measured(None);
+    rows.retain(|row| row.flops.is_none()); // of which the test below speaks
     let count = |name: &str, dtype: &str| rows.iter().filter(|r| r.name.contains(name) && r.dtype == dtype).count();
     // 18 formats or outputs, the amax, a read and a copy; the second shape has four formats, in bf16 alone.
     assert_eq!((count("", "f16"), count("fake_quant", "f16")), (21, 18));
@@ -58,6 +62,32 @@ fn every_group_has_its_rows() {
     assert!(nvfp4.copy_bandwidth_ratio.is_some() && nvfp4.torch_chain_ratio.is_some());
     let codes = rows.iter().find(|r| r.name == "fake_quant mxfp4 codes" && r.dtype == "bf16").unwrap();
     assert_eq!(codes.bytes, Some(32 * 64 * 2 + 32 * 64 / 2), "x, and half a byte an element");
+}
+
+#[test]
+fn products_stand_beside_torchs_and_a_ceiling() {
+    let rows = measured(Some("matmul"));
+    let named = |name: &str| rows.iter().filter(|row| row.name == name).collect::<Vec<&Row>>();
+    assert_eq!(named("torch matmul, square").len(), 1, "measured once");
+    // Two shapes for two numbers of tokens; packed where k is a multiple of 128, backward above 64 tokens.
+    for (name, count) in [
+        ("torch linear forward, clean", 4),
+        ("linear forward, noisy", 4),
+        ("linear forward, clean", 4),
+        ("linear mxfp4 weights, clean", 1),
+        ("linear nvfp4 weights, noisy", 1),
+        ("linear dX, noisy", 2),
+        ("torch linear dW, clean", 2),
+        ("layer of tiny forward, noisy", 1),
+        ("layer of tiny dX and dW, noisy", 1),
+        ("layer of tiny, decoding: linear nvfp4 weights, clean", 1),
+    ] {
+        assert_eq!(named(name).len(), count, "{name}");
+    }
+    assert!(rows.iter().all(|row| row.flops.is_some() && row.ceiling_ratio.is_some() != row.name.contains("square")));
+    let noisy = named("linear forward, noisy")[0];
+    assert_eq!(noisy.flops, Some(2.0 * (2 * 24 * 128) as f64));
+    assert!(noisy.baseline_ratio.is_some() && noisy.torch_chain_ratio.is_some());
 }
 
 #[test]

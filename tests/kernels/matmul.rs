@@ -4,7 +4,7 @@
 use tch::{Kind, Tensor};
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::generator;
-use temper::ops::cuda::matmul::{Choice, Layout, Product, choices, matmul, prepare};
+use temper::ops::cuda::matmul::{Choice, Layout, Product, choices, matmul, prepare_as};
 use temper::ops::cuda::noise::{Destination, SUMS};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
 
@@ -60,7 +60,7 @@ impl Case {
     fn clean(&self, shim: Shim, choice: Choice) -> Tensor {
         let (m, n, _) = self.sizes;
         let out = tensor(&vec![f32::NAN; m * n], m, n, Kind::Float);
-        prepare(&shim, &self.product(Destination::Store(&out), None), choice).unwrap().run(&shim).unwrap();
+        prepare_as(&shim, &self.product(Destination::Store(&out), None), choice).unwrap().run(&shim).unwrap();
         out
     }
 }
@@ -144,7 +144,7 @@ fn draws_are_the_definitions_whatever_the_tile() {
             for choice in choices(layout, kind, k as i64).into_iter().filter(|choice| choice.splits <= 2) {
                 let out = tensor(&vec![f32::NAN; m * n], m, n, Kind::Float);
                 let product = Product { keys: &keys, ..zero.product(Destination::Store(&out), Some(&draw)) };
-                prepare(&Shim(5), &product, choice).unwrap().run(&Shim(5)).unwrap();
+                prepare_as(&Shim(5), &product, choice).unwrap().run(&Shim(5)).unwrap();
                 assert_bits(&floats(&out), &expected, &format!("{layout:?} {kind:?} {choice:?} list {list}"));
             }
         }
@@ -171,7 +171,7 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
                 sums: Some(&sums),
                 ..case.product(Destination::Store(&out), Some(&draw))
             };
-            prepare(&Shim(2), &product, choice).unwrap().run(&Shim(2)).unwrap();
+            prepare_as(&Shim(2), &product, choice).unwrap().run(&Shim(2)).unwrap();
             let expected = crate::support::rounded(&with_bias, kind);
             assert_bits(&floats(&out), &expected, &format!("{kind:?} {choice:?}"));
             let exact = crate::support::rounded(&(0..m * n).map(|i| y[i] + bias[i % n]).collect::<Vec<_>>(), kind);
@@ -182,7 +182,7 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
             // f32 from the same product, and added to what is there.
             let into = clean.ones_like();
             let product = case.product(Destination::Add(&into), Some(&draw));
-            prepare(&Shim(2), &product, choice).unwrap().run(&Shim(2)).unwrap();
+            prepare_as(&Shim(2), &product, choice).unwrap().run(&Shim(2)).unwrap();
             let expected: Vec<f32> = (0..m * n).map(|i| 1.0 + noisy(i)).collect();
             assert_bits(&floats(&into), &expected, &format!("{kind:?} {choice:?} added"));
         }

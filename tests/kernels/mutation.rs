@@ -102,7 +102,7 @@ fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
             sums: None,
         };
         let choice = choices(Layout::Nt, kind, 544).into_iter().find(|choice| choice.splits == splits).unwrap();
-        matmul::prepare(executor, &product, choice)?.run(executor)?;
+        matmul::prepare_as(executor, &product, choice)?.run(executor)?;
         found.push(bytes(&out));
     }
     let (a, w) = (
@@ -115,7 +115,7 @@ fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
     let (layout, scales) = (w.layout, Some(w.scales()));
     let product =
         Product { layout, a: &a, b: &w.codes, scales, into, bias: None, error: None, keys: &keys, sums: None };
-    matmul::prepare(executor, &product, choices(layout, Kind::BFloat16, 1024)[0])?.run(executor)?;
+    matmul::prepare_as(executor, &product, choices(layout, Kind::BFloat16, 1024)[0])?.run(executor)?;
     found.push(bytes(&out));
     Ok(found)
 }

@@ -6,7 +6,7 @@ use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::format::Format;
 use temper::numerics::generator;
-use temper::ops::cuda::matmul::{Layout, PACKED_K, PackedScales, PackedWeight, Product, choices, matmul, prepare};
+use temper::ops::cuda::matmul::{Layout, PACKED_K, PackedScales, PackedWeight, Product, choices, matmul, prepare_as};
 use temper::ops::cuda::noise::Destination;
 use temper::ops::fake_quant::fake_quant;
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
@@ -36,7 +36,7 @@ fn a_packed_weight_gives_the_fake_quantized_ones_product() {
                     let scales = Some(packed.scales());
                     let product = Product { layout: packed.layout, b: &packed.codes, scales, ..dense };
                     let shim = ORDERS[turn % ORDERS.len()];
-                    prepare(&shim, &product, choice).unwrap().run(&shim).unwrap();
+                    prepare_as(&shim, &product, choice).unwrap().run(&shim).unwrap();
                     floats(&out)
                 };
                 let clean = run(None);
@@ -85,7 +85,7 @@ fn packed_weights_have_the_very_values() {
                     keys: &keys,
                     sums: None,
                 };
-                prepare(&Shim(1), &product, choice).unwrap().run(&Shim(1)).unwrap();
+                prepare_as(&Shim(1), &product, choice).unwrap().run(&Shim(1)).unwrap();
                 // A sum with zeros has no negative zero.
                 let without_sign = |t: &Tensor| floats(t).iter().map(|v| v + 0.0).collect::<Vec<f32>>();
                 assert_bits(

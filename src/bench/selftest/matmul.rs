@@ -7,7 +7,7 @@ use super::{Check, Compared, Sizes, dtype, enter, inputs};
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Executor;
-use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, choices, prepare};
+use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, choices, prepare_as};
 use crate::ops::cuda::noise::Destination;
 use crate::ops::fake_quant::fake_quant;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, finish_product};
@@ -94,7 +94,7 @@ impl Case {
         let into = Destination::Store(&out);
         let product =
             Product { layout: self.layout, a: &a, b: &b, scales, into, bias: None, error, keys: &keys, sums: None };
-        prepare(executor, &product, choice)?.run(executor)?;
+        prepare_as(executor, &product, choice)?.run(executor)?;
         Ok(out.f_to_device(Device::Cpu)?)
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::driver::{DriverError, result, sys};
 use tch::{Device, Kind, Tensor};
 
+use super::graph::Graph;
 use super::loaded::{driver_error, function, in_context, primary_context, require_driver};
 use crate::{Error, Result};
 
@@ -69,20 +70,48 @@ pub trait Executor {
     /// as the shapes in it say, and stay allocated until torch's current stream has passed this launch (torch's caching
     /// allocator guarantees it for tensors made on that stream).
     unsafe fn run(&self, launch: &Launch) -> Result<()>;
+
+    /// Several launches as one; None where there are no graphs. All kernels must have run before.
+    ///
+    /// # Errors
+    /// As [`Executor::run`].
+    ///
+    /// # Safety
+    /// As [`Executor::run`], whenever the graph is launched.
+    unsafe fn graph(&self, _launches: &[Launch]) -> Result<Option<Graph>> {
+        Ok(None)
+    }
 }
 
 /// Launches with all the memory that they work on.
 pub struct Prepared {
     launches: Vec<Launch>,
     device: Device,
-    _memory: Vec<Tensor>,
+    memory: Vec<Tensor>,
+    graph: Option<Graph>,
 }
 
 impl Prepared {
     /// # Safety
     /// As [`Executor::run`] for `device`, where `memory` owns or shares everything that the launches point to.
     pub unsafe fn new(launches: Vec<Launch>, device: Device, memory: Vec<Tensor>) -> Prepared {
-        Prepared { launches, device, _memory: memory }
+        Prepared { launches, device, memory, graph: None }
+    }
+
+    /// Several calls on one device as one, in their order, run once: on a GPU a CUDA graph.
+    ///
+    /// # Errors
+    /// As [`Prepared::run`].
+    pub fn joined(executor: &dyn Executor, calls: Vec<Prepared>) -> Result<Prepared> {
+        calls.iter().try_for_each(|call| call.run(executor))?;
+        let (mut launches, mut memory) = (Vec::new(), Vec::new());
+        for call in calls {
+            launches.extend(call.launches);
+            memory.extend(call.memory);
+        }
+        // SAFETY: as in `run`; the graph is launched by `run` alone.
+        let graph = unsafe { executor.graph(&launches) }?;
+        Ok(Prepared { launches, device: executor.device(), memory, graph })
     }
 
     /// Runs the launches in their order; again and again gives the same outputs, but for sums, which are added to.
@@ -93,6 +122,9 @@ impl Prepared {
         if executor.device() != self.device {
             let (found, expected) = (executor.device(), self.device);
             return Err(Error::Runtime(format!("launches: found device {found:?}, expected {expected:?}")));
+        }
+        if let Some(graph) = &self.graph {
+            return graph.launch();
         }
         // SAFETY: promised to `new`; the memory lives as long as self, and torch's allocator keeps what is dropped later
         // until the stream has passed.
@@ -142,6 +174,23 @@ impl Gpu {
     }
 }
 
+impl Gpu {
+    /// # Safety
+    /// As [`Executor::run`], for this stream of the device.
+    pub(super) unsafe fn run_on(&self, launch: &Launch, stream: sys::CUstream) -> Result<()> {
+        let ordinal = self.ordinal()?;
+        let function = function(launch.file, &launch.kernel, ordinal, launch.shared_bytes)?;
+        let mut arguments = [launch.args().0.cast_mut()];
+        let (grid, block) = ((launch.blocks, 1, 1), (launch.threads, 1, 1));
+        let (kernel, shared) = (function.function, launch.shared_bytes);
+        let launched = in_context(function.context, || {
+            // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
+            unsafe { result::launch_kernel(kernel, grid, block, shared, stream, &mut arguments) }
+        });
+        launched.map_err(|e| driver_error(&format!("launch of {} on cuda:{ordinal}", launch.kernel), e))
+    }
+}
+
 impl Executor for Gpu {
     fn device(&self) -> Device {
         Device::Cuda(self.0)
@@ -165,16 +214,13 @@ impl Executor for Gpu {
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
-        let ordinal = self.ordinal()?;
-        let function = function(launch.file, &launch.kernel, ordinal, launch.shared_bytes)?;
-        let mut arguments = [launch.args().0.cast_mut()];
-        let (grid, block, stream) = ((launch.blocks, 1, 1), (launch.threads, 1, 1), self.stream());
-        let (kernel, shared) = (function.function, launch.shared_bytes);
-        let launched = in_context(function.context, || {
-            // SAFETY: the one argument outlives the call, which copies it; the rest is the caller's promise.
-            unsafe { result::launch_kernel(kernel, grid, block, shared, stream, &mut arguments) }
-        });
-        launched.map_err(|e| driver_error(&format!("launch of {} on cuda:{ordinal}", launch.kernel), e))
+        // SAFETY: the caller's promise.
+        unsafe { self.run_on(launch, self.stream()) }
+    }
+
+    unsafe fn graph(&self, launches: &[Launch]) -> Result<Option<Graph>> {
+        // SAFETY: the caller's promise.
+        unsafe { Graph::capture(*self, launches) }.map(Some)
     }
 }
 

@@ -77,16 +77,23 @@ pub const PACKED_K: i64 = 128;
 /// `Runtime` naming the tensor of the wrong device, dtype, shape, strides or alignment; `Unavailable` without kernels or
 /// driver.
 pub fn matmul(executor: &dyn Executor, product: &Product) -> Result<()> {
-    let (m, n, k) = product.sizes()?;
-    let choice = choose(product.layout, product.a.kind(), (m, n, k), executor.multiprocessors()?);
-    prepare(executor, product, choice)?.run(executor)
+    prepare(executor, product)?.run(executor)
 }
 
-/// The launch of [`matmul`], with a choice of the tile.
+/// The launch of [`matmul`].
 ///
 /// # Errors
 /// As [`matmul`].
-pub fn prepare(executor: &dyn Executor, product: &Product, choice: Choice) -> Result<Prepared> {
+pub fn prepare(executor: &dyn Executor, product: &Product) -> Result<Prepared> {
+    let choice = choose(product.layout, product.a.kind(), product.sizes()?, executor.multiprocessors()?);
+    prepare_as(executor, product, choice)
+}
+
+/// [`prepare`] with a tile and splits of the caller's.
+///
+/// # Errors
+/// As [`matmul`].
+pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) -> Result<Prepared> {
     let device = executor.device();
     let (m, n, k) = product.sizes()?;
     let kind = product.a.kind();

@@ -2,6 +2,7 @@
 
 pub mod batch;
 pub mod fake_quant;
+pub mod graph;
 pub mod launch;
 mod loaded;
 pub mod matmul;
