@@ -1,5 +1,6 @@
 //! Which instruction set the CPU operations use: chosen at run time, never visible in a result.
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 /// An implementation, slowest first; all give the same bits, and tests compare them.
@@ -29,41 +30,39 @@ impl Path {
 
     /// Whether this CPU has what the path needs.
     pub fn is_available(self) -> bool {
-        #[cfg(target_arch = "x86_64")]
-        return match self {
-            Path::Portable => true,
-            Path::Avx2 => {
-                is_x86_feature_detected!("avx2")
-                    && is_x86_feature_detected!("fma")
-                    && is_x86_feature_detected!("popcnt")
-            }
-            Path::Avx512 => {
-                Path::Avx2.is_available()
-                    && is_x86_feature_detected!("avx512f")
-                    && is_x86_feature_detected!("avx512bw")
-                    && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512dq")
-            }
-        };
-        #[cfg(not(target_arch = "x86_64"))]
-        return self == Path::Portable;
+        self == self.or_below()
     }
 
     /// The fastest path that this CPU has and [`limit`](Path::limit) allows.
     pub fn best() -> Path {
-        let allowed = |path: &Path| *path as u8 <= LIMIT.load(Ordering::Relaxed) && path.is_available();
-        Path::ALL.into_iter().rev().find(allowed).unwrap_or(Path::Portable)
+        let limit = LIMIT.load(Ordering::Relaxed);
+        Path::ALL.into_iter().rfind(|path| *path as u8 <= limit).unwrap_or(Path::Portable).or_below()
     }
 
     /// This path, or the fastest below it that the CPU has: the one place that says what may run.
+    #[inline]
     pub fn or_below(self) -> Path {
-        Path::ALL.into_iter().rev().find(|path| *path <= self && path.is_available()).unwrap_or(Path::Portable)
+        static FASTEST: LazyLock<Path> = LazyLock::new(fastest);
+        self.min(*FASTEST)
     }
 
     /// Keeps the whole process at or below this path; for benchmarks, since no result depends on it.
     pub fn limit(self) {
         LIMIT.store(self as u8, Ordering::Relaxed);
     }
+}
+
+/// Of this CPU.
+fn fastest() -> Path {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("popcnt") {
+        let avx512 = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512dq");
+        return if avx512 { Path::Avx512 } else { Path::Avx2 };
+    }
+    Path::Portable
 }
 
 /// Defines `fn name(path, ...)` whose body is compiled once for each path, so that one source vectorises with what the
