@@ -10,7 +10,7 @@ use temper::numerics::tensor_error::TensorErrorSums;
 use temper::ops::cpu::fake_quant::{FakeQuantStats, Storage, Task, error_sums};
 use temper::ops::cpu::path::Path;
 
-const SHAPES: [(usize, usize); 16] = [
+const SHAPES: [(usize, usize); 19] = [
     (1, 1),
     (3, 15),
     (2, 16),
@@ -26,6 +26,9 @@ const SHAPES: [(usize, usize); 16] = [
     (2, 256),
     (3, 392),
     (2, 1100),
+    (5, 1536),
+    (2, 3905),
+    (33, 1700),
     (130, 513),
 ];
 
@@ -122,7 +125,7 @@ fn on_ties_outliers_zeros_and_subnormals() {
 #[test]
 fn on_any_bits() {
     let mut random = Random(78);
-    for (rows, cols) in &SHAPES[..15] {
+    for (rows, cols) in &SHAPES[..18] {
         let bits: Vec<f32> = (0..rows * cols).map(|_| f32::from_bits(random.next() as u32)).collect();
         check(&bits, *rows, *cols, "random bits");
         let finite: Vec<f32> = bits.iter().map(|v| if v.is_finite() { *v } else { 1.0 }).collect();

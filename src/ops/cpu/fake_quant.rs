@@ -2,23 +2,28 @@
 //! the dtype of x (f32, bf16 or f16; in f16 a y above 65504 becomes infinity).
 //!
 //! Chunks of whole rows of blocks run in parallel, cut by shape alone; what they count and sum merges in order, so
-//! nothing depends on the number of threads. job.rs takes a chunk row by row: the amax of every block (amaxes.rs), then
-//! the row. mxfp4 has code of its own on bits (mxfp4.rs), nvfp4 on vectors (nvfp4.rs), every other format goes through
-//! lanes.rs: scales, one rounder, values.
+//! nothing depends on the number of threads. job.rs finds what a matrix and its tiles share, then takes a chunk row by row;
+//! rows.rs takes a row by segments: amaxes.rs, uniforms.rs, then the format's own code. The mx formats work on bits
+//! (mx.rs), nvfp4 on codes in vectors (nvfp4*.rs) after 4over6 has chosen (four_over_six.rs), fp8 on whole rows (fp8.rs);
+//! what is rare, and the rest, takes the general steps of lanes.rs: scales.rs, one of rounders.rs, values.
 
 mod amaxes;
+#[cfg(target_arch = "x86_64")]
+mod amaxes_x86;
 mod element;
 mod error_sums;
 mod four_over_six;
+mod fp8;
 mod job;
 mod lanes;
-mod mxfp4;
+mod mx;
 mod nvfp4;
 #[cfg(target_arch = "x86_64")]
 mod nvfp4_avx2;
 #[cfg(target_arch = "x86_64")]
 mod nvfp4_avx512;
 mod rounders;
+mod rows;
 mod scales;
 mod uniforms;
 #[cfg(target_arch = "x86_64")]

@@ -1,98 +1,83 @@
 //! The amax of every block, as bits: as integers they order as the magnitudes do, with infinity and NaN above.
-
 #![allow(unsafe_code)]
 
-use super::element::{Element, Word};
 #[cfg(target_arch = "x86_64")]
-use super::{nvfp4_avx2, nvfp4_avx512};
-use crate::numerics::format::Format;
-use crate::ops::cpu::arrays::from_fn;
+use super::amaxes_x86;
+use super::element::{Element, Word};
+use super::rows::{SEGMENT, STRIP, padded};
+use crate::numerics::format::{Family, Format};
 use crate::ops::cpu::path::{Path, for_each_path};
 
-/// Of a band of x, rows that share their blocks, into `amaxes` [blocks of a row]. `scratch` is as long.
-pub(super) fn of_band<T: Element>(
-    path: Path,
-    x: &[T],
-    cols: usize,
-    format: Format,
-    scratch: &mut [T::Word],
-    amaxes: &mut [T::Word],
-) {
-    let block = format.block_size(cols);
-    for (row, x) in x.chunks_exact(cols).enumerate() {
-        if row == 0 {
-            of_row(path, x, block, amaxes);
-            continue;
+/// How many amaxes a band has: those of a row that is padded to whole strips.
+pub(super) fn per_band(cols: usize, block: usize) -> usize {
+    cols.next_multiple_of(STRIP) / block
+}
+
+/// Of a band of x: rows of `cols` that share their blocks. `amaxes` [per_band].
+pub(super) fn of_band<T: Element>(path: Path, x: &[T], cols: usize, block: usize, amaxes: &mut [T::Word]) {
+    amaxes.fill(T::Word::ZERO);
+    for row in x.chunks_exact(cols) {
+        for (x, amaxes) in row.chunks(SEGMENT).zip(amaxes.chunks_mut(SEGMENT / block)) {
+            let mut of_row = [T::Word::ZERO; SEGMENT / 16];
+            match x.len() % STRIP {
+                0 => of_blocks(path, x, block, &mut of_row),
+                _ => of_blocks(path, &padded(x), block, &mut of_row),
+            };
+            amaxes.iter_mut().zip(&of_row).for_each(|(amax, other)| *amax = (*amax).max(*other));
         }
-        of_row(path, x, block, scratch);
-        amaxes.iter_mut().zip(&*scratch).for_each(|(amax, other)| *amax = (*amax).max(*other));
     }
 }
 
-const LANES: usize = 32;
-
-for_each_path! {
-    /// The largest that is finite, and how many are not.
-    pub(super) fn summary<T: Element>(amaxes: &[T::Word]) -> (T::Word, usize) {
-        let (mut largest, mut nonfinite) = ([T::Word::ZERO; LANES], 0usize);
-        // Counts leave their lanes, which hold 16 bits, in between.
-        for part in amaxes.chunks(LANES << 15) {
-            let mut counts = [T::Word::ZERO; LANES];
-            let (groups, tail) = part.as_chunks::<LANES>();
-            for group in groups {
-                add_group::<T>(group, &mut largest, &mut counts);
-            }
-            let last = from_fn(|l| tail.get(l).copied().unwrap_or(T::Word::ZERO));
-            add_group::<T>(&last, &mut largest, &mut counts);
-            nonfinite = counts.iter().fold(nonfinite, |total, count| total.wrapping_add(count.to_usize()));
-        }
-        (largest.into_iter().fold(T::Word::ZERO, Ord::max), nonfinite)
-    }
-}
-
-#[inline(always)]
-fn add_group<T: Element>(group: &[T::Word; LANES], largest: &mut [T::Word; LANES], counts: &mut [T::Word; LANES]) {
-    let infinity = T::Word::of(T::INFINITY);
-    *largest = from_fn(|l| largest[l].max(if group[l] < infinity { group[l] } else { T::Word::ZERO }));
-    *counts = from_fn(|l| counts[l].plus(if group[l] < infinity { T::Word::ZERO } else { T::Word::of(1) }));
-}
-
-fn of_row<T: Element>(path: Path, x: &[T], block: usize, amaxes: &mut [T::Word]) {
-    match block {
-        16 => of_sixteens(path, x, amaxes),
-        32 => {
-            // Pairs of blocks of 16, some at a time.
-            const PAIRS: usize = 64;
-            for (x, amaxes) in x.chunks(32 * PAIRS).zip(amaxes.chunks_mut(PAIRS)) {
-                let mut halves = [T::Word::ZERO; 2 * PAIRS];
-                of_sixteens(path, x, &mut halves[..x.len().div_ceil(16)]);
-                amaxes.iter_mut().zip(halves.as_chunks::<2>().0).for_each(|(amax, [a, b])| *amax = (*a).max(*b));
-            }
-        }
-        _ => x.chunks(block).zip(amaxes).for_each(|(block, amax)| *amax = of_values(path, block)),
-    }
-}
-
-fn of_sixteens<T: Element>(path: Path, x: &[T], amaxes: &mut [T::Word]) {
+/// Of whole strips of 256 elements in blocks of 16 or 32; how many blocks hold NaN or infinity.
+pub(super) fn of_blocks<T: Element>(path: Path, x: &[T], block: usize, amaxes: &mut [T::Word]) -> usize {
     #[cfg(target_arch = "x86_64")]
-    match path.or_below() {
-        Path::Portable => {}
+    match (path.or_below(), block) {
+        (Path::Portable, _) => {}
         // SAFETY: or_below gives a path only where the CPU has its instructions.
-        Path::Avx2 => return unsafe { nvfp4_avx2::row_amaxes(x, amaxes) },
+        (_, 16) => return unsafe { amaxes_x86::of_blocks::<T, 16>(x, amaxes) },
         // SAFETY: as above.
-        Path::Avx512 => return unsafe { nvfp4_avx512::row_amaxes(x, amaxes) },
+        _ => return unsafe { amaxes_x86::of_blocks::<T, 32>(x, amaxes) },
     }
-    let _ = path;
-    for (block, amax) in x.chunks(16).zip(amaxes) {
-        *amax = of_values(Path::Portable, block);
+    let amaxes = &mut amaxes[..x.len() / block];
+    x.chunks_exact(block).zip(&mut *amaxes).for_each(|(block, amax)| *amax = largest::<T>(path, block));
+    nonfinite::<T>(amaxes)
+}
+
+/// How many amaxes are of blocks that hold NaN or infinity.
+pub(super) fn nonfinite<T: Element>(amaxes: &[T::Word]) -> usize {
+    amaxes.iter().filter(|amax| **amax >= T::Word::of(T::INFINITY)).count()
+}
+
+/// The largest magnitude of x [rows, cols] over blocks that hold neither NaN nor infinity; 0 if there is none.
+pub(super) fn finite_amax<T: Element>(path: Path, x: &[T], cols: usize, format: Format) -> T {
+    let amax = largest::<T>(path, x);
+    if amax < T::Word::of(T::INFINITY) {
+        return T::of_word(amax);
     }
+    let block = format.block_size(cols);
+    let mut amaxes = vec![T::Word::ZERO; per_band(cols, block).max(1)];
+    let mut largest_finite = T::Word::ZERO;
+    for band in x.chunks(cols * format.block_rows()) {
+        match format.family {
+            Family::Fp8 { .. } => amaxes[0] = largest::<T>(path, band),
+            _ => of_band(path, band, cols, block, &mut amaxes),
+        }
+        largest_finite = largest_finite.max(finite::<T>(&amaxes));
+    }
+    T::of_word(largest_finite)
+}
+
+/// The largest that is of a block with neither NaN nor infinity.
+pub(super) fn finite<T: Element>(amaxes: &[T::Word]) -> T::Word {
+    amaxes.iter().copied().filter(|amax| *amax < T::Word::of(T::INFINITY)).fold(T::Word::ZERO, Ord::max)
 }
 
 for_each_path! {
-    fn of_values<T: Element>(x: &[T]) -> T::Word {
+    /// The largest magnitude.
+    pub(super) fn largest<T: Element>(x: &[T]) -> T::Word {
         let mut largest = T::Word::ZERO;
         for value in x {
-            largest = largest.max(value.word() & T::Word::of(T::MAGNITUDE_BITS));
+            largest = largest.max(value.magnitude());
         }
         largest
     }

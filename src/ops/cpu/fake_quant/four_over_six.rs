@@ -4,78 +4,89 @@
 use crate::ops::cpu::arrays::from_fn;
 
 use super::element::Element;
-use super::lanes::{GROUP, values};
+use super::lanes::value;
 use super::rounders::E2m1;
 use super::scales::{Nvfp4Scale, Scales, each};
 use crate::ops::cpu::path::for_each_path;
 
-/// Both scales of a row's blocks.
+const BLOCK: usize = 16;
+
+/// Both scales of a segment's blocks, and what is wrong with each element under them, without its sign.
 pub(super) struct Candidates {
     six: Scales,
     four: Scales,
+    six_errors: Vec<f32>,
+    four_errors: Vec<f32>,
+    six_sums: Vec<f64>,
+    four_sums: Vec<f64>,
 }
 
 impl Candidates {
     pub fn new(blocks: usize) -> Candidates {
-        Candidates { six: Scales::new(blocks), four: Scales::new(blocks) }
+        let errors = vec![0.0; BLOCK * blocks];
+        Candidates {
+            six: Scales::new(blocks),
+            four: Scales::new(blocks),
+            six_errors: errors.clone(),
+            four_errors: errors,
+            six_sums: vec![0.0; blocks],
+            four_sums: vec![0.0; blocks],
+        }
     }
 }
 
 for_each_path! {
-    /// y of a row of blocks of known amax under G, and how many elements saturated.
-    pub(super) fn row<T: Element>(
+    /// The better scales of whole blocks of known amax under G.
+    pub(super) fn choose<T: Element>(
         x: &[T],
         amaxes: &[T::Word],
         g: f32,
         candidates: &mut Candidates,
-        out: &mut [T],
-    ) -> usize {
-        let six = Nvfp4Scale { factor: g / 6.0, times: 1.0, g };
-        let four = Nvfp4Scale { times: 1.5, ..six };
-        each::<T>(amaxes, &mut candidates.six, |amax| six.scales(amax));
-        each::<T>(amaxes, &mut candidates.four, |amax| four.scales(amax));
-        let mut saturated = 0usize;
-        let (blocks, tail) = x.as_chunks::<GROUP>();
-        let (out_blocks, out_tail) = out.as_chunks_mut::<GROUP>();
-        for (index, (x, out)) in blocks.iter().zip(out_blocks).enumerate() {
-            saturated = saturated.wrapping_add(quantize_block(x, candidates, index, out));
+        scales: &mut Scales,
+    ) {
+        let Candidates { six, four, six_errors, four_errors, six_sums, four_sums } = candidates;
+        let of_six = Nvfp4Scale { factor: g / 6.0, times: 1.0, g };
+        each::<T>(amaxes, six, |amax| of_six.scales(amax));
+        each::<T>(amaxes, four, |amax| Nvfp4Scale { times: 1.5, ..of_six }.scales(amax));
+        errors(x, six, six_errors);
+        errors(x, four, four_errors);
+        for (candidate, errors) in [(&mut *six_sums, &*six_errors), (&mut *four_sums, &*four_errors)] {
+            let errors = errors.as_chunks::<BLOCK>().0;
+            candidate.iter_mut().zip(errors).for_each(|(sum, errors)| *sum = sum_of_squares(errors));
         }
-        if !tail.is_empty() {
-            let x: [T; GROUP] = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
-            let mut y = [T::ZERO; GROUP];
-            saturated = saturated.wrapping_add(quantize_block(&x, candidates, blocks.len(), &mut y));
-            out_tail.copy_from_slice(&y[..out_tail.len()]);
-        }
-        saturated
+        better(&six.encode, &four.encode, six_sums, four_sums, &mut scales.encode);
+        better(&six.decode, &four.decode, six_sums, four_sums, &mut scales.decode);
+    }
+}
+
+/// Apart from the sums, so that it becomes a choice by lanes: a branch would be mispredicted every other time.
+#[inline(always)]
+fn better(six: &[f32], four: &[f32], six_sums: &[f64], four_sums: &[f64], out: &mut [f32]) {
+    let sums = six_sums.iter().zip(four_sums);
+    for (((six, four), (six_sum, four_sum)), out) in six.iter().zip(four).zip(sums).zip(out) {
+        let (six, four) = (*six, *four);
+        *out = if four_sum < six_sum { four } else { six };
     }
 }
 
 #[inline(always)]
-fn quantize_block<T: Element>(x: &[T; GROUP], scales: &Candidates, block: usize, out: &mut [T; GROUP]) -> usize {
-    if scales.six.decode[block].is_nan() {
-        *out = [T::NAN; GROUP];
-        return 0;
+fn errors<T: Element>(x: &[T], scales: &Scales, out: &mut [f32]) {
+    let blocks = x.as_chunks::<BLOCK>().0.iter().zip(out.as_chunks_mut::<BLOCK>().0);
+    for ((x, out), (&encode, &decode)) in blocks.zip(scales.encode.iter().zip(&scales.decode)) {
+        let mut error = [0.0; BLOCK];
+        for i in 0..BLOCK {
+            let a = T::of_word(x[i].magnitude()).read();
+            error[i] = value::<E2m1<false>>(a, encode, 0).0 * decode - a;
+        }
+        *out = error;
     }
-    let x: [f32; GROUP] = from_fn(|i| x[i].read());
-    let (six_y, six_error, six_saturated) = candidate(&x, &scales.six, block);
-    let (four_y, four_error, four_saturated) = candidate(&x, &scales.four, block);
-    let fours = four_error < six_error;
-    let y: [f32; GROUP] = from_fn(|i| if fours { four_y[i] } else { six_y[i] });
-    *out = from_fn(|i| T::round(y[i]));
-    if fours { four_saturated } else { six_saturated }
 }
 
-/// y, its squared error and how many elements saturated. The error is that of the definition: differences in f32,
-/// squares in f64, summed in halves.
+/// In f64, in halves, as the definition sums.
 #[inline(always)]
-fn candidate(x: &[f32; GROUP], scales: &Scales, block: usize) -> ([f32; GROUP], f64, usize) {
-    let mut saturated = [0; GROUP];
-    let values = values::<E2m1>(x, scales.encode[block], &[0; GROUP], &mut saturated);
-    let y: [f32; GROUP] = from_fn(|i| values[i] * scales.decode[block]);
-    let error: [f64; GROUP] = from_fn(|i| f64::from(y[i] - x[i]));
-    let squares: [f64; 16] = from_fn(|i| error[i] * error[i]);
+fn sum_of_squares(error: &[f32; BLOCK]) -> f64 {
+    let squares: [f64; BLOCK] = from_fn(|i| f64::from(error[i]) * f64::from(error[i]));
     let eight: [f64; 8] = from_fn(|i| squares[i] + squares[i + 8]);
     let four: [f64; 4] = from_fn(|i| eight[i] + eight[i + 4]);
-    let sum = (four[0] + four[2]) + (four[1] + four[3]);
-    (y, sum, saturated.iter().fold(0u32, |total, lane| total.wrapping_add(*lane)) as usize)
+    (four[0] + four[2]) + (four[1] + four[3])
 }

@@ -1,17 +1,15 @@
-//! A matrix, a chunk of rows, a row: what has to be known before a row can be quantized, and which code does it.
+//! A matrix and its chunks of rows: what has to be known before a row can be quantized, and what is counted.
 
 use half::f16;
 use rayon::prelude::*;
 
 use super::element::{Element, Storage, Word};
 use super::error_sums::row_sums;
-use super::four_over_six::{self, Candidates};
-use super::rounders::{E2m1HalfAway, E2m1Stochastic, E2m1TowardZero, E4m3, E4m3Divided, E4m3Stochastic};
-use super::scales::{self, Scales};
-use super::{FakeQuantStats, PARALLEL_ELEMENTS, Task, amaxes, chunk_elements, lanes, mxfp4, nvfp4, uniforms};
+use super::rows::Rows;
+use super::{FakeQuantStats, PARALLEL_ELEMENTS, Task, amaxes, chunk_elements, fp8};
 use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::block_scale::tensor_scale;
-use crate::numerics::format::{Family, Format, MxScaleRule, Rounding};
+use crate::numerics::format::{Family, Format};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cpu::path::Path;
 
@@ -37,67 +35,57 @@ struct Done {
 
 /// `Task::run`.
 pub(super) fn run<T: Element>(task: &Task, x: &[T], cols: usize, out: &mut [T]) -> (FakeQuantStats, TensorErrorSums) {
-    let Task { path, format, scale, draw, with_errors } = *task;
-    let path = path.or_below();
-    let chunk = chunk_of(x.len(), cols, format);
-    let mut job = Job { path, cols, format, tensor: None, draw, with_errors };
-    let mut found = Vec::new();
-    match scale {
-        TensorScale::Tensor if format.has_tensor_scale() => {
-            let amax;
-            (found, amax) = job.all_amaxes(x, chunk);
-            job.tensor = Some(tensor_scale(format, amax));
+    let job = Job::new(task, cols);
+    let chunk = chunk_of(x.len(), cols, task.format);
+    // Of tiles that share a tensor amax; a chunk finds others itself, while it has them in the cache.
+    let mut tiles = vec![T::Word::ZERO; if task.format.has_tensor_scale() { job.tiles_in(x.len()) } else { 0 }];
+    let tile_chunks = tiles.par_chunks_mut(job.tiles_in(chunk).max(1));
+    x.par_chunks(chunk).zip(tile_chunks).for_each(|(x, tiles)| job.find_tiles(x, tiles));
+    let job = job.under(task.scale, || match task.format.two_d {
+        true => T::of_word(amaxes::finite::<T>(&tiles)).read(),
+        false => tensor_amax(job.path, x, cols, task.format),
+    });
+    let quantize = |(number, (x, out)): (usize, (&[T], &mut [T]))| {
+        let (first_row, count) = (number * chunk / cols, job.tiles_in(x.len()));
+        if !tiles.is_empty() {
+            return job.chunk(first_row, x, &tiles[job.tiles_in(number * chunk)..][..count], out);
         }
-        TensorScale::Amax(amax) => job.tensor = Some(tensor_scale(format, amax)),
-        _ => {}
-    }
-    let amax_chunk = job.amaxes_of(chunk);
-    let known = |number: usize| match found.is_empty() {
-        true => None,
-        false => Some(&found[number * amax_chunk..found.len().min((number + 1) * amax_chunk)]),
+        let mut own = vec![T::Word::ZERO; count];
+        job.find_tiles(x, &mut own);
+        job.chunk(first_row, x, &own, out)
     };
-    let chunks = x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).enumerate();
-    let done: Vec<Done> =
-        chunks.map(|(number, (x, out))| job.chunk(number * chunk / cols, x, known(number), out)).collect();
+    let done: Vec<Done> = x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).enumerate().map(quantize).collect();
     job.summary(&done)
 }
 
 /// `run` of f16, through f32.
 pub(super) fn run_widened(task: &Task, x: &[f16], cols: usize, out: &mut [f16]) -> (FakeQuantStats, TensorErrorSums) {
-    let Task { path, format, scale, draw, with_errors } = *task;
-    let path = path.or_below();
-    let tensor = match scale {
-        TensorScale::Tensor if format.has_tensor_scale() => Some(tensor_amax_widened(path, x, cols, format)),
-        TensorScale::Amax(amax) => Some(amax),
-        _ => None,
-    };
-    let tensor = tensor.map(|amax| tensor_scale(format, amax));
-    let job = Job { path, cols, format, tensor, draw, with_errors: false };
-    let chunk = chunk_of(x.len(), cols, format);
+    let job = Job::new(task, cols);
+    let job = job.under(task.scale, || tensor_amax_widened(job.path, x, cols, task.format));
+    let without_errors = Job { with_errors: false, ..job };
+    let chunk = chunk_of(x.len(), cols, task.format);
     let work = |(number, (x, out)): (usize, (&[f16], &mut [f16]))| {
         let (mut wide, mut y) = (vec![0.0; x.len()], vec![0.0; x.len()]);
         f16::widen(x, &mut wide);
-        let mut done = job.chunk(number * chunk / cols, &wide, None, &mut y);
+        let mut tiles = vec![0; job.tiles_in(x.len())];
+        job.find_tiles(&wide, &mut tiles);
+        let mut done = without_errors.chunk(number * chunk / cols, &wide, &tiles, &mut y);
         f16::narrow(&y, out);
-        if with_errors {
+        if job.with_errors {
             f16::widen(out, &mut y);
             for (x, y) in wide.chunks_exact(cols).zip(y.chunks_exact(cols)) {
-                done.errors.merge(&row_sums(path, x, y));
+                done.errors.merge(&row_sums(job.path, x, y));
             }
         }
         done
     };
     let done: Vec<Done> = x.par_chunks(chunk).zip(out.par_chunks_mut(chunk)).enumerate().map(work).collect();
-    Job { with_errors, ..job }.summary(&done)
+    job.summary(&done)
 }
 
 /// Over blocks without NaN or infinity.
 pub(super) fn tensor_amax<T: Element>(path: Path, x: &[T], cols: usize, format: Format) -> f32 {
-    let job = Job { path, cols, format, tensor: None, draw: None, with_errors: false };
-    let of_chunk = |x: &[T]| {
-        let mut found = vec![T::Word::ZERO; job.amaxes_of(x.len())];
-        job.find_amaxes(x, &mut found)
-    };
+    let of_chunk = |x: &[T]| amaxes::finite_amax(path, x, cols, format).read();
     x.par_chunks(chunk_of(x.len(), cols, format)).map(of_chunk).reduce(|| 0.0, f32::max)
 }
 
@@ -116,133 +104,65 @@ fn chunk_of(elements: usize, cols: usize, format: Format) -> usize {
     if elements < PARALLEL_ELEMENTS { elements } else { chunk_elements(cols, format) }
 }
 
-/// What a chunk works with, made once for all its rows.
-struct Scratch<T: Element> {
-    amaxes: Vec<T::Word>,
-    of_row: Vec<T::Word>,
-    uniforms: Vec<u16>,
-    scales: Scales,
-    candidates: Candidates,
-}
-
-impl Job<'_> {
-    /// How many amaxes a share of whole bands has.
-    fn amaxes_of(&self, elements: usize) -> usize {
-        (elements / self.cols).div_ceil(self.format.block_rows()) * self.format.blocks_per_row(self.cols)
+impl<'a> Job<'a> {
+    fn new(task: &Task<'a>, cols: usize) -> Job<'a> {
+        let Task { path, format, draw, with_errors, .. } = *task;
+        Job { path: path.or_below(), cols, format, tensor: None, draw, with_errors }
     }
 
-    /// The amaxes of all blocks, and the largest that is finite.
-    fn all_amaxes<T: Element>(&self, x: &[T], chunk: usize) -> (Vec<T::Word>, f32) {
-        let mut found = vec![T::Word::ZERO; self.amaxes_of(x.len())];
-        let chunks = x.par_chunks(chunk).zip(found.par_chunks_mut(self.amaxes_of(chunk)));
-        let amax = chunks.map(|(x, found)| self.find_amaxes(x, found)).reduce(|| 0.0, f32::max);
-        (found, amax)
+    /// With the tensor scale, where all rows share one.
+    fn under(self, scale: TensorScale, tensor_amax: impl FnOnce() -> f32) -> Job<'a> {
+        let amax = match scale {
+            TensorScale::Tensor if self.format.has_tensor_scale() => Some(tensor_amax()),
+            TensorScale::Amax(amax) => Some(amax),
+            _ => None,
+        };
+        Job { tensor: amax.map(|amax| tensor_scale(self.format, amax)), ..self }
     }
 
-    fn find_amaxes<T: Element>(&self, x: &[T], found: &mut [T::Word]) -> f32 {
-        let blocks = self.format.blocks_per_row(self.cols);
-        let mut scratch = vec![T::Word::ZERO; blocks];
-        for (band, amaxes) in x.chunks(self.band()).zip(found.chunks_mut(blocks)) {
-            amaxes::of_band(self.path, band, self.cols, self.format, &mut scratch, amaxes);
+    /// Amaxes of the tiles of a band; 1 where blocks are not tiles.
+    fn per_band(&self) -> usize {
+        if self.format.two_d { amaxes::per_band(self.cols, self.format.block_size(0)) } else { 1 }
+    }
+
+    /// Amaxes of the tiles in a share of whole bands.
+    fn tiles_in(&self, elements: usize) -> usize {
+        let bands = (elements / self.cols).div_ceil(self.format.block_rows());
+        if self.format.two_d { bands * self.per_band() } else { 0 }
+    }
+
+    /// The amaxes of a chunk's tiles; none where blocks are not tiles.
+    fn find_tiles<T: Element>(&self, x: &[T], tiles: &mut [T::Word]) {
+        for (x, tiles) in x.chunks(self.cols * self.format.block_rows()).zip(tiles.chunks_mut(self.per_band())) {
+            amaxes::of_band(self.path, x, self.cols, self.format.block_size(0), tiles);
         }
-        T::of_word(amaxes::summary::<T>(self.path, found).0).read()
     }
 
-    /// Elements of rows that share their blocks.
-    fn band(&self) -> usize {
-        self.format.block_rows() * self.cols
-    }
-
-    /// Whole bands of rows, the first of which is row `first_row` of the matrix.
-    fn chunk<T: Element>(&self, first_row: usize, x: &[T], known: Option<&[T::Word]>, out: &mut [T]) -> Done {
-        let mut done = Done::default();
-        if let (Family::Mxfp4 { rule }, Rounding::NearestEven, false) =
-            (self.format.family, self.format.rounding, self.format.two_d)
-        {
-            // The amax of a block is found on the way.
-            for (x, out) in x.chunks_exact(self.cols).zip(out.chunks_exact_mut(self.cols)) {
-                let (nonfinite_blocks, saturated) = mxfp4::row(self.path, x, rule, out);
-                self.row_done(x, out, saturated, &mut done);
-                done.nonfinite_blocks += nonfinite_blocks;
-            }
-            return done;
-        }
-        let mut scratch = self.scratch::<T>();
-        let blocks = self.format.blocks_per_row(self.cols);
-        for (number, (x, out)) in x.chunks(self.band()).zip(out.chunks_mut(self.band())).enumerate() {
-            match known {
-                Some(known) => scratch.amaxes.copy_from_slice(&known[number * blocks..][..blocks]),
-                None => {
-                    let Scratch { amaxes, of_row, .. } = &mut scratch;
-                    amaxes::of_band(self.path, x, self.cols, self.format, of_row, amaxes);
+    /// y of a chunk, which begins with row `first_row` of the matrix; `tiles`: the amaxes of its tiles.
+    fn chunk<T: Element>(&self, first_row: usize, x: &[T], tiles: &[T::Word], out: &mut [T]) -> Done {
+        let Job { path, cols, format, .. } = *self;
+        let mut done = Done { nonfinite_blocks: amaxes::nonfinite::<T>(tiles), ..Done::default() };
+        let mut rows = Rows::new(path, format, self.draw);
+        for (row, (x, out)) in x.chunks_exact(cols).zip(out.chunks_exact_mut(cols)).enumerate() {
+            let tensor = self.tensor.unwrap_or_else(|| {
+                let own = format.has_tensor_scale();
+                let amax = if own { amaxes::finite_amax(path, x, cols, format) } else { T::ZERO };
+                tensor_scale(format, amax.read())
+            });
+            let (nonfinite_blocks, saturated) = match format.family {
+                Family::Fp8 { per_tensor } => fp8::row(path, x, per_tensor.then_some(tensor), out),
+                _ => {
+                    let tiles = tiles.chunks(self.per_band()).nth(row / format.block_rows()).unwrap_or_default();
+                    rows.quantize(first_row + row, x, tiles, tensor, out)
                 }
-            }
-            let (largest, nonfinite_blocks) = amaxes::summary::<T>(self.path, &scratch.amaxes);
+            };
             done.nonfinite_blocks += nonfinite_blocks;
-            let tensor = self.tensor.unwrap_or_else(|| tensor_scale(self.format, T::of_word(largest).read()));
-            let first_row = first_row + number * self.format.block_rows();
-            for (row, (x, out)) in x.chunks_exact(self.cols).zip(out.chunks_exact_mut(self.cols)).enumerate() {
-                let saturated = self.row(first_row + row, x, tensor, &mut scratch, out);
-                self.row_done(x, out, saturated, &mut done);
+            done.saturated += saturated;
+            if self.with_errors {
+                done.errors.merge(&row_sums(path, x, out));
             }
         }
         done
-    }
-
-    fn scratch<T: Element>(&self) -> Scratch<T> {
-        let blocks = self.format.blocks_per_row(self.cols);
-        let four_over_six = self.format.family == Family::Nvfp4 { four_over_six: true };
-        Scratch {
-            amaxes: vec![T::Word::ZERO; blocks],
-            of_row: vec![T::Word::ZERO; blocks],
-            uniforms: vec![0; if self.draw.is_some() { self.cols } else { 0 }],
-            scales: Scales::new(blocks),
-            candidates: Candidates::new(if four_over_six { blocks } else { 0 }),
-        }
-    }
-
-    fn row_done<T: Element>(&self, x: &[T], out: &[T], saturated: usize, done: &mut Done) {
-        done.saturated += saturated;
-        if self.with_errors {
-            done.errors.merge(&row_sums(self.path, x, out));
-        }
-    }
-
-    /// y of row `row`, whose amaxes are in the scratch; how many elements saturated.
-    fn row<T: Element>(&self, row: usize, x: &[T], tensor: f32, scratch: &mut Scratch<T>, out: &mut [T]) -> usize {
-        let (path, format) = (self.path, self.format);
-        let Scratch { amaxes, uniforms, scales, candidates, .. } = scratch;
-        if let Some(draw) = self.draw {
-            uniforms::fill(path, draw, format.rounding, row, uniforms);
-        }
-        match (format.family, format.rounding) {
-            (Family::Mxfp4 { rule }, Rounding::NearestEven) => return mxfp4::row_under(path, x, amaxes, rule, out),
-            (Family::Nvfp4 { four_over_six: false }, Rounding::NearestEven) => {
-                return nvfp4::row(path, x, amaxes, tensor, out);
-            }
-            (Family::Nvfp4 { four_over_six: true }, _) => {
-                return four_over_six::row(path, x, amaxes, tensor, candidates, out);
-            }
-            (Family::Mxfp4 { rule: MxScaleRule::Rceil }, rounding) if rounding.is_stochastic() && T::IS_BF16 => {
-                mxfp4::stochastic_row(path, x, amaxes, uniforms, out);
-                return 0;
-            }
-            _ => {}
-        }
-        scales::fill::<T>(path, format, amaxes, tensor, scales);
-        let block = format.block_size(self.cols);
-        let stochastic = format.rounding.is_stochastic();
-        match (format.family, format.rounding) {
-            (Family::Fp8 { .. }, _) => lanes::row::<T, E4m3Divided>(path, x, block, scales, uniforms, out),
-            (Family::Nvfp4SingleLevel, _) => lanes::row::<T, E2m1TowardZero>(path, x, block, scales, uniforms, out),
-            (Family::Mxfp8 { .. }, _) if stochastic => {
-                lanes::row::<T, E4m3Stochastic>(path, x, block, scales, uniforms, out)
-            }
-            (Family::Mxfp8 { .. }, _) => lanes::row::<T, E4m3>(path, x, block, scales, uniforms, out),
-            _ if stochastic => lanes::row::<T, E2m1Stochastic>(path, x, block, scales, uniforms, out),
-            // What is left of E2M1: nearest is done above.
-            _ => lanes::row::<T, E2m1HalfAway>(path, x, block, scales, uniforms, out),
-        }
     }
 
     fn summary(&self, done: &[Done]) -> (FakeQuantStats, TensorErrorSums) {

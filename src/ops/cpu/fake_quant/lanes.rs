@@ -1,77 +1,56 @@
-//! A row in any format: groups of 16 elements scaled, rounded by one rounder, and scaled back.
+//! A row in any format: elements scaled, rounded by one rounder, and scaled back, in loops over words that become vectors.
 
-use crate::ops::cpu::arrays::from_fn;
-
-use super::element::Element;
+use super::element::{Element, UNIT};
 use super::rounders::Rounder;
 use super::scales::Scales;
 use crate::ops::cpu::path::for_each_path;
 
-pub(super) const GROUP: usize = 16;
-
 for_each_path! {
-    /// y of a row whose blocks of `block` elements (16, 32 or the row) have the given scales, and how many elements
-    /// saturated. `uniforms` [cols] where the rounder draws, in units of 2^-16.
-    pub(super) fn row<T: Element, R: Rounder>(
-        x: &[T],
-        block: usize,
-        scales: &Scales,
-        uniforms: &[u16],
-        out: &mut [T],
-    ) -> usize {
-        // Group i lies in block i >> shift.
-        let shift = match block {
-            _ if scales.encode.len() == 1 => usize::BITS - 1,
-            GROUP => 0,
-            _ => 1,
-        };
-        let mut saturated = [0u32; GROUP];
-        let (groups, tail) = x.as_chunks::<GROUP>();
-        let (out_groups, out_tail) = out.as_chunks_mut::<GROUP>();
-        let (u_groups, u_tail) = uniforms.as_chunks::<GROUP>();
-        let scale_of = |i: usize| (scales.encode[i >> shift], scales.decode[i >> shift]);
-        for (i, (x, out)) in groups.iter().zip(out_groups).enumerate() {
-            let u = if R::DRAWS { &u_groups[i] } else { &[0; GROUP] };
-            *out = group::<T, R>(x, scale_of(i), u, &mut saturated);
-        }
-        if !tail.is_empty() {
-            let x = from_fn(|i| tail.get(i).copied().unwrap_or(T::ZERO));
-            let u = from_fn(|i| u_tail.get(i).copied().unwrap_or(0));
-            let y = group::<T, R>(&x, scale_of(groups.len()), &u, &mut saturated);
-            out_tail.copy_from_slice(&y[..out_tail.len()]);
+    /// y of whole units whose blocks of 16 have the given scales, and how many elements saturated. `uniforms` [cols] in
+    /// units of 2^-16, used where the rounder draws.
+    pub(super) fn row<T: Element, R: Rounder>(x: &[T], scales: &Scales, uniforms: &[u16], out: &mut [T]) -> usize {
+        let (units, out_units) = (x.as_chunks::<UNIT>().0, out.as_chunks_mut::<UNIT>().0);
+        let scales = scales.encode.as_chunks::<2>().0.iter().zip(scales.decode.as_chunks::<2>().0);
+        let mut saturated = [0u32; UNIT];
+        for (((x, out), (encode, decode)), u) in units.iter().zip(out_units).zip(scales).zip(uniforms.as_chunks::<UNIT>().0) {
+            *out = unit::<T, R>(x, *encode, *decode, u, &mut saturated);
         }
         saturated.iter().map(|lane| *lane as usize).sum()
     }
 }
 
-/// A group under (encode, decode); NaN where decode is.
+/// Two blocks; the lanes count what saturates.
 #[inline(always)]
-pub(super) fn group<T: Element, R: Rounder>(
-    x: &[T; GROUP],
-    (encode, decode): (f32, f32),
-    uniforms: &[u16; GROUP],
-    saturated: &mut [u32; GROUP],
-) -> [T; GROUP] {
-    if decode.is_nan() {
-        return [T::NAN; GROUP];
+pub(super) fn unit<T: Element, R: Rounder>(
+    x: &[T; UNIT],
+    encode: [f32; 2],
+    decode: [f32; 2],
+    uniforms: &[u16; UNIT],
+    saturated: &mut [u32; UNIT],
+) -> [T; UNIT] {
+    let mut words = T::words(x);
+    let uniforms = T::uniform_words(uniforms);
+    let (words_mut, uniforms) = (words.as_mut(), uniforms.as_ref());
+    let half = words_mut.len() / 2;
+    for i in 0..words_mut.len() {
+        let (encode, decode) = if i < half { (encode[0], decode[0]) } else { (encode[1], decode[1]) };
+        let mut count = saturated[i];
+        words_mut[i] = T::map(words_mut[i], uniforms[i], |a, u| {
+            let (value, above) = value::<R>(a, encode, u);
+            count = count.wrapping_add(above as u32);
+            value * decode
+        });
+        saturated[i] = count;
     }
-    let x: [f32; GROUP] = from_fn(|i| x[i].read());
-    let values = values::<R>(&x, encode, uniforms, saturated);
-    from_fn(|i| T::round(values[i] * decode))
+    T::of_words(words)
 }
 
-/// The values of the element grid, with the signs of x.
+/// A value of the element grid from a magnitude, and whether it saturates.
 #[inline(always)]
-pub(super) fn values<R: Rounder>(
-    x: &[f32; GROUP],
-    encode: f32,
-    uniforms: &[u16; GROUP],
-    saturated: &mut [u32; GROUP],
-) -> [f32; GROUP] {
-    let scaled: [f32; GROUP] = from_fn(|i| if R::DIVIDES { x[i] / encode } else { x[i] * encode });
-    let magnitudes: [f32; GROUP] = from_fn(|i| scaled[i].abs());
-    *saturated = from_fn(|i| saturated[i].wrapping_add((magnitudes[i] > R::MAX) as u32));
-    let clamped: [f32; GROUP] = from_fn(|i| if magnitudes[i] > R::MAX { R::MAX } else { magnitudes[i] });
-    let u: [f32; GROUP] = from_fn(|i| if R::DRAWS { f32::from(uniforms[i]) * (1.0 / 65_536.0) } else { 0.0 });
-    from_fn(|i| R::round(clamped[i], u[i]).copysign(x[i]))
+pub(super) fn value<R: Rounder>(a: f32, encode: f32, uniform: u32) -> (f32, bool) {
+    let scaled = if R::DIVIDES { a / encode } else { a * encode };
+    let above = scaled > R::MAX;
+    let clamped = if above { R::MAX } else { scaled };
+    let u = if R::DRAWS { uniform as i32 as f32 } else { 0.0 };
+    (R::round(clamped, u), above)
 }

@@ -12,12 +12,11 @@ pub(super) trait Rounder {
     const DIVIDES: bool;
     /// Whether `u` is used.
     const DRAWS: bool;
-    /// A value of the grid; 0 <= a <= MAX, u in [0, 1).
+    /// A value of the grid; 0 <= a <= MAX, u in units of 2^-16.
     fn round(a: f32, u: f32) -> f32;
 }
 
-pub(super) struct E2m1;
-pub(super) struct E2m1HalfAway;
+pub(super) struct E2m1<const HALF_AWAY: bool>;
 pub(super) struct E2m1Stochastic;
 /// Of x / s, with ties toward zero: nvfp4_single_level.
 pub(super) struct E2m1TowardZero;
@@ -33,6 +32,12 @@ const EXPONENT: u32 = 0x7F80_0000;
 fn e2m1_step(a: f32) -> f32 {
     let from_one = if a > 1.0 { a } else { 1.0 };
     f32::from_bits((from_one.to_bits() & EXPONENT).wrapping_sub(1 << 23))
+}
+
+/// 2^-16 of a step, a power of two.
+#[inline(always)]
+fn parts(step: f32) -> f32 {
+    f32::from_bits(step.to_bits().wrapping_sub(16 << 23))
 }
 
 #[inline(always)]
@@ -57,25 +62,15 @@ pub(super) fn e4m3_nearest_even(a: f32) -> f32 {
     if a < E4M3_SMALLEST_NORMAL { e4m3_subnormal(a) } else { normal }
 }
 
-impl Rounder for E2m1 {
+impl<const HALF_AWAY: bool> Rounder for E2m1<HALF_AWAY> {
     const MAX: f32 = 6.0;
     const DIVIDES: bool = false;
     const DRAWS: bool = false;
-    #[inline(always)]
-    fn round(a: f32, _: f32) -> f32 {
-        e2m1_nearest_even(a)
-    }
-}
-
-impl Rounder for E2m1HalfAway {
-    const MAX: f32 = 6.0;
-    const DIVIDES: bool = false;
-    const DRAWS: bool = false;
-    /// A tie that went down to the even code goes up.
+    /// Half away, a tie that went down to the even code goes up.
     #[inline(always)]
     fn round(a: f32, _: f32) -> f32 {
         let (rounded, step) = (e2m1_nearest_even(a), e2m1_step(a));
-        rounded + if a - rounded == 0.5 * step { step } else { 0.0 }
+        rounded + if HALF_AWAY && a - rounded == 0.5 * step { step } else { 0.0 }
     }
 }
 
@@ -98,7 +93,7 @@ impl Rounder for E2m1Stochastic {
     /// Down from a + u step: from 1 on the grid has one mantissa bit.
     #[inline(always)]
     fn round(a: f32, u: f32) -> f32 {
-        let target = a + u * e2m1_step(a);
+        let target = a + u * parts(e2m1_step(a));
         let cut = f32::from_bits(target.to_bits() & !0x3F_FFFF);
         let below = if target >= 0.5 { 0.5 } else { 0.0 };
         if target >= 1.0 { cut } else { below }
@@ -133,8 +128,7 @@ impl Rounder for E4m3Stochastic {
     #[inline(always)]
     fn round(a: f32, u: f32) -> f32 {
         let normal = if a > E4M3_SMALLEST_NORMAL { a } else { E4M3_SMALLEST_NORMAL };
-        let step = f32::from_bits((normal.to_bits() & EXPONENT).wrapping_sub(3 << 23));
-        let target = a + u * step;
+        let target = a + u * parts(f32::from_bits((normal.to_bits() & EXPONENT).wrapping_sub(3 << 23)));
         let target = if target > 448.0 { 448.0 } else { target };
         let nearest = e4m3_subnormal(target);
         let subnormal = nearest - if nearest > target { 1.0 / 512.0 } else { 0.0 };

@@ -2,15 +2,13 @@
 
 use super::element::{Element, Word};
 use super::rounders::e4m3_nearest_even;
-use crate::numerics::block_scale::fp8_scale;
 use crate::numerics::e4m3;
-use crate::numerics::format::{Family, Format, MxScaleRule};
+use crate::numerics::format::{Format, MxScaleRule};
 use crate::numerics::original;
 use crate::ops::cpu::path::for_each_path;
 
-/// How the blocks of a row are scaled: x * encode (or x / encode), value * decode. A block that holds NaN or infinity has
-/// a decode of NaN and becomes NaN.
-#[derive(Default)]
+/// How the blocks of 16 of a segment are scaled: x * encode (or x / encode), value * decode. A block that holds NaN or
+/// infinity has scales of NaN and becomes NaN.
 pub(super) struct Scales {
     pub encode: Vec<f32>,
     pub decode: Vec<f32>,
@@ -70,30 +68,17 @@ pub(super) fn rounds_up(rule: MxScaleRule, largest_mantissa: u32) -> u32 {
 }
 
 for_each_path! {
-    /// Of every format but 4over6. `tensor`: G for nvfp4, A for fp8:tensor.
-    pub(super) fn fill<T: Element>(format: Format, amaxes: &[T::Word], tensor: f32, scales: &mut Scales) {
-        match format.family {
-            Family::Mxfp4 { rule } => {
-                let up = rounds_up(rule, 0x40_0000); // 6 = 1.5 * 2^2
-                each::<T>(amaxes, scales, |amax| mx_scales(amax, 2, up));
-            }
-            Family::Mxfp8 { rule } => {
-                let up = rounds_up(rule, 0x60_0000); // 448 = 1.75 * 2^8
-                each::<T>(amaxes, scales, |amax| mx_scales(amax, 8, up));
-            }
-            Family::Nvfp4 { .. } => {
-                let of = Nvfp4Scale::of(format, tensor);
-                each::<T>(amaxes, scales, |amax| of.scales(amax));
-            }
-            Family::Nvfp4SingleLevel => each::<T>(amaxes, scales, |amax| {
-                let (_, scale) = original::single_level_scale(amax);
-                (scale, scale)
-            }),
-            Family::Fp8 { per_tensor } => each::<T>(amaxes, scales, |amax| {
-                let scale = fp8_scale(if per_tensor { tensor } else { amax });
-                (scale, scale)
-            }),
-        }
+    pub(super) fn nvfp4<T: Element>(of: Nvfp4Scale, amaxes: &[T::Word], scales: &mut Scales) {
+        each::<T>(amaxes, scales, |amax| of.scales(amax));
+    }
+}
+
+for_each_path! {
+    pub(super) fn single_level<T: Element>(amaxes: &[T::Word], scales: &mut Scales) {
+        each::<T>(amaxes, scales, |amax| {
+            let (_, scale) = original::single_level_scale(amax);
+            (scale, scale)
+        });
     }
 }
 
@@ -102,6 +87,6 @@ pub(super) fn each<T: Element>(amaxes: &[T::Word], scales: &mut Scales, of: impl
     for ((amax, encode), decode) in amaxes.iter().zip(&mut scales.encode).zip(&mut scales.decode) {
         let finite = *amax < T::Word::of(T::INFINITY);
         let (e, d) = of(if finite { T::of_word(*amax).read() } else { 0.0 });
-        (*encode, *decode) = (e, if finite { d } else { f32::NAN });
+        (*encode, *decode) = if finite { (e, d) } else { (f32::NAN, f32::NAN) };
     }
 }
