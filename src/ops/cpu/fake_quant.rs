@@ -12,6 +12,8 @@ mod amaxes;
 mod amaxes_x86;
 mod element;
 mod error_sums;
+#[cfg(target_arch = "x86_64")]
+mod error_sums_x86;
 mod four_over_six;
 mod fp8;
 mod job;

@@ -1,30 +1,24 @@
 //! The sums of numerics::tensor_error of y against x, in f64 lanes: column c of a row adds to lane c mod 8, rows and chunks
 //! merge in order, so neither threads nor instruction sets change a bit.
+#![allow(unsafe_code)]
 
 use crate::ops::cpu::arrays::from_fn;
 
 use rayon::prelude::*;
 
-use super::element::Element;
+use super::element::{Element, Word};
+#[cfg(target_arch = "x86_64")]
+use super::error_sums_x86;
 use super::{CHUNK_ELEMENTS, Storage};
 use crate::numerics::tensor_error::TensorErrorSums;
 use crate::ops::cpu::path::{Path, for_each_path};
 
-const LANES: usize = 8;
-type Wide = [f64; LANES];
+pub(super) const LANES: usize = 8;
+pub(super) type Wide = [f64; LANES];
 
+/// x^2, q^2, x q, error^2, error / (|x| + 1e-10), and the largest error.
 #[derive(Clone, Copy, Default)]
-struct Lanes {
-    x_sq: Wide,
-    q_sq: Wide,
-    x_q: Wide,
-    error_sq: Wide,
-    relative: Wide,
-    max_abs_error: Wide,
-    finite: [u32; LANES],
-    nonzero: [u32; LANES],
-    deadzone: [u32; LANES],
-}
+pub(super) struct Lanes(pub [Wide; 6]);
 
 /// The sums of y against x, equally long; `saturated` comes from the quantizer.
 pub fn error_sums<T: Storage>(x: &[T], y: &[T]) -> TensorErrorSums {
@@ -41,66 +35,74 @@ pub fn error_sums<T: Storage>(x: &[T], y: &[T]) -> TensorErrorSums {
     sums
 }
 
+/// The sums of a row, or of a share of a tensor that is cut the same way every time.
+pub(super) fn row_sums<T: Element>(path: Path, x: &[T], y: &[T]) -> TensorErrorSums {
+    let [finite, nonzero, deadzone] = counts(path, x, y).map(u64::from);
+    let mut lanes = Lanes::default();
+    let ((groups, tail), (y_groups, y_tail)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    lanes.add_groups(if finite == x.len() as u64 { path } else { Path::Portable }, groups, y_groups);
+    let padded = |tail: &[T]| from_fn(|l| tail.get(l).copied().unwrap_or(T::ZERO));
+    lanes.add(&padded(tail), &padded(y_tail));
+    let [x_sq, q_sq, x_q, error_sq, relative, _] =
+        lanes.0.map(|lanes| lanes.into_iter().fold(0.0, |total, lane| total + lane));
+    TensorErrorSums {
+        elements: finite,
+        x_sq,
+        q_sq,
+        x_q,
+        error_sq,
+        relative,
+        max_abs_error: lanes.0[5].into_iter().fold(0.0, f64::max),
+        nonzero,
+        deadzone,
+        saturated: 0,
+        nonfinite: x.len() as u64 - finite,
+    }
+}
+
 for_each_path! {
-    /// The sums of a row, or of a share of a tensor that is cut the same way every time.
-    pub(super) fn row_sums<T: Element>(x: &[T], y: &[T]) -> TensorErrorSums {
-        let mut lanes = Lanes::default();
-        let (groups, tail) = x.as_chunks::<LANES>();
-        let (y_groups, y_tail) = y.as_chunks::<LANES>();
-        for (x, y) in groups.iter().zip(y_groups) {
-            lanes.add(from_fn(|l| x[l].read()), from_fn(|l| y[l].read()));
+    /// How many elements are finite, of these not zero, and of these zero in y.
+    fn counts<T: Element>(x: &[T], y: &[T]) -> [u32; 3] {
+        let [mut finite, mut nonzero, mut deadzone] = [0u32; 3];
+        for (x, y) in x.iter().zip(y) {
+            let (x, y) = (x.magnitude(), y.magnitude());
+            let (is_finite, is_zero) = (x.max(y) < T::Word::of(T::INFINITY), x == T::Word::ZERO);
+            finite = finite.wrapping_add(is_finite as u32);
+            nonzero = nonzero.wrapping_add((is_finite & !is_zero) as u32);
+            deadzone = deadzone.wrapping_add((is_finite & !is_zero & (y == T::Word::ZERO)) as u32);
         }
-        let padded = |tail: &[T]| -> [f32; LANES] { from_fn(|l| tail.get(l).map_or(0.0, |v| v.read())) };
-        if !tail.is_empty() {
-            lanes.add(padded(tail), padded(y_tail));
-        }
-        lanes.finish(x.len())
+        [finite, nonzero, deadzone]
     }
 }
 
 impl Lanes {
-    #[inline(always)]
-    fn add(&mut self, x: [f32; LANES], q: [f32; LANES]) {
-        // As masks: a choice by lanes of bool does not vectorise.
-        let magnitude = |v: f32| v.to_bits() & 0x7FFF_FFFF;
-        let infinity = f32::INFINITY.to_bits();
-        let kept: [u32; LANES] = from_fn(|l| if magnitude(x[l]).max(magnitude(q[l])) < infinity { !0 } else { 0 });
-        let x: [f32; LANES] = from_fn(|l| f32::from_bits(x[l].to_bits() & kept[l]));
-        let q: [f32; LANES] = from_fn(|l| f32::from_bits(q[l].to_bits() & kept[l]));
-        let one_if = |condition: bool| if condition { 1 } else { 0 };
-        self.finite = from_fn(|l| self.finite[l].wrapping_add(kept[l] & 1));
-        self.nonzero = from_fn(|l| self.nonzero[l].wrapping_add(one_if(x[l] != 0.0)));
-        self.deadzone = from_fn(|l| self.deadzone[l].wrapping_add(one_if((x[l] != 0.0) & (q[l] == 0.0))));
-        let x: Wide = from_fn(|l| f64::from(x[l]));
-        let q: Wide = from_fn(|l| f64::from(q[l]));
-        let error: Wide = from_fn(|l| (q[l] - x[l]).abs());
-        self.x_sq = from_fn(|l| self.x_sq[l] + x[l] * x[l]);
-        self.q_sq = from_fn(|l| self.q_sq[l] + q[l] * q[l]);
-        self.x_q = from_fn(|l| self.x_q[l] + x[l] * q[l]);
-        self.error_sq = from_fn(|l| self.error_sq[l] + error[l] * error[l]);
-        self.relative = from_fn(|l| self.relative[l] + error[l] / (x[l].abs() + 1e-10));
-        self.max_abs_error =
-            from_fn(|l| if error[l] > self.max_abs_error[l] { error[l] } else { self.max_abs_error[l] });
+    /// By a path other than the portable: of finite elements.
+    fn add_groups<T: Element>(&mut self, path: Path, x: &[[T; LANES]], q: &[[T; LANES]]) {
+        #[cfg(target_arch = "x86_64")]
+        match path.or_below() {
+            Path::Portable => {}
+            // SAFETY: or_below gives a path only where the CPU has its instructions.
+            Path::Avx2 => return unsafe { error_sums_x86::add_avx2(self, x, q) },
+            // SAFETY: as above.
+            Path::Avx512 => return unsafe { error_sums_x86::add_avx512(self, x, q) },
+        }
+        let _ = path;
+        x.iter().zip(q).for_each(|(x, q)| self.add(x, q));
     }
 
-    /// Of `elements`: a padded group has counted zeros as finite.
-    fn finish(&self, elements: usize) -> TensorErrorSums {
-        let sum = |lanes: Wide| lanes.into_iter().fold(0.0, |total, lane| total + lane);
-        let count = |lanes: [u32; LANES]| lanes.into_iter().map(u64::from).sum::<u64>();
-        let padding = (elements.next_multiple_of(LANES) - elements) as u64;
-        let finite = count(self.finite) - padding;
-        TensorErrorSums {
-            elements: finite,
-            x_sq: sum(self.x_sq),
-            q_sq: sum(self.q_sq),
-            x_q: sum(self.x_q),
-            error_sq: sum(self.error_sq),
-            relative: sum(self.relative),
-            max_abs_error: self.max_abs_error.into_iter().fold(0.0, f64::max),
-            nonzero: count(self.nonzero),
-            deadzone: count(self.deadzone),
-            saturated: 0,
-            nonfinite: elements as u64 - finite,
+    /// What is not finite adds nothing.
+    fn add<T: Element>(&mut self, x: &[T; LANES], q: &[T; LANES]) {
+        let [x_sq, q_sq, x_q, error_sq, relative, largest] = &mut self.0;
+        for l in 0..LANES {
+            let (x, q) = (f64::from(x[l].read()), f64::from(q[l].read()));
+            let (x, q) = if x.is_finite() && q.is_finite() { (x, q) } else { (0.0, 0.0) };
+            let error = (q - x).abs();
+            x_sq[l] += x * x;
+            q_sq[l] += q * q;
+            x_q[l] += x * q;
+            error_sq[l] += error * error;
+            relative[l] += error / (x.abs() + 1e-10);
+            largest[l] = largest[l].max(error);
         }
     }
 }
