@@ -7,7 +7,8 @@ use crate::host::Shim;
 
 #[test]
 fn every_check_passes() {
-    let sizes = Sizes { small: &[(1, 1), (7, 70)], large: &[(9, 256)], products: &[(1, 1, 1), (18, 72, 530), (20, 40, 256)] };
+    let sizes =
+        Sizes { small: &[(1, 1), (7, 70)], large: &[(9, 256)], products: &[(1, 1, 1), (18, 72, 530), (20, 40, 256)] };
     let checks = run(&Shim(0), &sizes, &|_| {}).unwrap();
     let failed: Vec<&Check> = checks.iter().filter(|check| !check.passed()).collect();
     assert!(failed.is_empty(), "{failed:?}");
