@@ -34,19 +34,28 @@ pub fn kernels(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
     };
     let mut flags: Vec<String> = NVCC_FLAGS.iter().map(|f| f.to_string()).collect();
     flags.push(format!("-I{}", dir.join("include").display()));
-    for arch in &arches {
-        flags.push(format!("-gencode=arch=compute_{arch},code=sm_{arch}"));
-    }
+    let mut for_all = flags.clone();
+    for_all.extend(arches.iter().map(|arch| format!("-gencode=arch=compute_{arch},code=sm_{arch}")));
     // PTX lets a GPU newer than every listed architecture run. An "a" architecture's PTX runs nowhere else.
     let newest = arches.iter().filter(|a| a.bytes().all(|b| b.is_ascii_digit())).max_by_key(|a| a.parse::<u32>().ok());
     let mut built: Vec<String> = arches.iter().map(|a| format!("sm_{a}")).collect();
     if let Some(arch) = newest {
-        flags.push(format!("-gencode=arch=compute_{arch},code=compute_{arch}"));
+        for_all.push(format!("-gencode=arch=compute_{arch},code=compute_{arch}"));
         built.push(format!("compute_{arch}"));
     }
+    // What only a Hopper's instructions can do; nothing of it where no Hopper is asked for.
+    let mut for_hopper = flags;
+    for_hopper.push("-gencode=arch=compute_90a,code=sm_90a".to_owned());
+    let is_hoppers = |source: &Path| source.file_stem().is_some_and(|stem| stem.to_string_lossy().ends_with("_sm90"));
+    let has_hopper = arches.iter().any(|arch| arch == "90" || arch == "90a");
+    let sources: Vec<PathBuf> = sources.into_iter().filter(|source| has_hopper || !is_hoppers(source)).collect();
+    if has_hopper && !built.iter().any(|arch| arch == "sm_90a") {
+        built.push("sm_90a".to_owned());
+    }
+    let flags_of = |source: &Path| if is_hoppers(source) { &for_hopper } else { &for_all };
     let results: Vec<Result<String>> = std::thread::scope(|scope| {
         let jobs: Vec<_> =
-            sources.iter().map(|source| scope.spawn(|| compile_kernel(&nvcc, &flags, source, out))).collect();
+            sources.iter().map(|source| scope.spawn(|| compile_kernel(&nvcc, flags_of(source), source, out))).collect();
         jobs.into_iter().map(|j| j.join().unwrap_or_else(|_| Err("a compile thread panicked".to_owned()))).collect()
     });
     let names = results.into_iter().collect::<Result<Vec<String>>>()?;

@@ -12,6 +12,7 @@
 #include "matmul_f32.cu"
 #include "matmul_nn.cu"
 #include "matmul_nt.cu"
+#include "matmul_sm90.cu"
 #include "matmul_tn.cu"
 #include "matmul_w4.cu"
 #include "noise.cu"

@@ -39,15 +39,17 @@ extern ThreadState current;  // of the running fiber
 struct Entry {
   const char* name;
   size_t args_bytes;
+  uint32_t cluster;  // blocks of one
   void (*run)(const void* args);
   const Entry* next;
 
-  Entry(const char* name, size_t args_bytes, void (*run)(const void*));
+  Entry(const char* name, size_t args_bytes, uint32_t cluster, void (*run)(const void*));
 };
 
-// Runs `kernel` for every thread of a one-dimensional grid, with `shared_bytes` of dynamic shared memory. Returns null, or
-// what went wrong. One launch at a time; concurrent callers wait.
-const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const std::function<void()>& kernel);
+// Runs `kernel` for every thread of a one-dimensional grid, with `shared_bytes` of dynamic shared memory, a cluster of blocks at a
+// time. Returns null, or what went wrong. One launch at a time; concurrent callers wait.
+const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const std::function<void()>& kernel,
+                   uint32_t cluster = 1);
 
 // Launches the kernel of that name with its argument struct.
 const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32_t shared_bytes, const void* args,
@@ -60,7 +62,8 @@ uint8_t* dynamic_shared();
 // permutation drawn anew after every barrier.
 void set_thread_order(uint32_t order);
 
-void barrier();  // of the block
+void barrier();  // of the block; of the cluster, where there is one
+uint32_t cluster_rank();
 
 // What a warp's lanes show each other; every lane must call show, read, and call seen.
 constexpr size_t kShownBytes = 32;
@@ -81,6 +84,24 @@ T shuffle(T value, int from_lane) {
 void copy_later(void* to, const void* source, size_t bytes);
 void commit_copies();
 void wait_copies(size_t pending_groups);
+
+// hopper.cpp, for include/hopper.cuh. Bytes of a copy come as late as they may, when somebody waits for them; products are made
+// when their warp waits for them.
+uint32_t shared_offset(const uint8_t* shared);
+void init_barrier(uint8_t* barrier, uint32_t arrivals);
+void arrive(uint8_t* barrier, uint32_t rank, uint32_t expected_bytes);
+void wait_barrier(uint8_t* barrier, uint32_t parity);
+void load_box_later(uint8_t* to, const void* map, uint32_t x, uint32_t y, uint8_t* barrier, uint32_t ranks);
+void multiply_later(float* d, uint64_t a, uint64_t b, uint32_t columns, bool adds, bool a_k_last, bool b_k_last);
+void commit_products();
+void wait_products(size_t pending_groups);
+
+// What takes the place of a CUtensorMap: 16-bit elements [rows, columns], a row `stride` bytes after the other, and a box's rows.
+struct Map {
+  const uint8_t* from;
+  uint64_t columns, rows, stride, box_rows;
+  uint64_t unused[11];
+};
 
 }  // namespace host
 

@@ -108,6 +108,15 @@ TEMPER_DEVICE void add_noise_sums(const NoiseSums& sums, double* scratch, double
   }
 }
 
+// Adds a warp's. Every lane must call.
+TEMPER_DEVICE void add_warp_noise_sums(const NoiseSums& sums, double* to) {
+#pragma unroll
+  for (int s = 0; s < kNoiseSums; ++s) {
+    const double total = warp_sum(s == kNoisyElements ? double(sums.elements) : sums.sum[s]);
+    if (threadIdx.x % kWarpSize == 0) atomicAdd(&to[s], total);
+  }
+}
+
 // What all columns of a matrix share.
 struct ColumnsCall {
   uint64_t seed;

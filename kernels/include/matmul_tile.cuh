@@ -41,6 +41,18 @@ enum MatmulFlags : uint32_t {
 // Tiles of C that lie below each other and are worked on at about the same time: they share B's in the L2 cache.
 constexpr uint32_t kBand = 8;
 
+// Which tile of tiles_m x tiles_n is the `tile`th: in bands of kBand tiles below each other, band by band, each from left to right.
+struct TilePlace {
+  uint32_t m, n;
+
+  __device__ TilePlace(uint32_t tile, uint32_t tiles_m, uint32_t tiles_n) {
+    const uint32_t band = tile / (kBand * tiles_n), in_band = tile % (kBand * tiles_n);
+    const uint32_t height = tiles_m - band * kBand < kBand ? tiles_m - band * kBand : kBand;
+    m = band * kBand + in_band % height;
+    n = in_band / height;
+  }
+};
+
 template <uint32_t kTileM_, uint32_t kTileN_, uint32_t kWarpM_, uint32_t kStages_, uint32_t kResident_>
 struct MatmulTile {
   static constexpr uint32_t kTileM = kTileM_, kTileN = kTileN_, kWarpM = kWarpM_, kStages = kStages_;
@@ -78,11 +90,9 @@ struct TileOfC {
   __device__ TileOfC(const MatmulArgs& args_) : args(args_), sum{} {
     tile = blockIdx.x / args.splits;
     split = blockIdx.x % args.splits;
-    // Bands of kBand tiles below each other, band by band, each from left to right.
-    const uint32_t band = tile / (kBand * args.tiles_n), in_band = tile % (kBand * args.tiles_n);
-    const uint32_t height = args.tiles_m - band * kBand < kBand ? args.tiles_m - band * kBand : kBand;
-    first_m = (band * kBand + in_band % height) * Tile::kTileM;
-    first_n = in_band / height * Tile::kTileN;
+    const TilePlace place(tile, args.tiles_m, args.tiles_n);
+    first_m = place.m * Tile::kTileM;
+    first_n = place.n * Tile::kTileN;
     const uint32_t warp = threadIdx.x / kWarpSize;
     warp_m = warp / Tile::kWarpsN * Tile::kWarpM;
     warp_n = warp % Tile::kWarpsN * 64;

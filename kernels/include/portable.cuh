@@ -19,18 +19,23 @@
 #ifdef TEMPER_CUDA
 #define TEMPER_KERNEL_OF(name, Args, threads, resident) \
   extern "C" __global__ void __launch_bounds__(threads, resident) name(const __grid_constant__ Args args)
+#define TEMPER_CLUSTER_KERNEL(name, Args, threads, blocks)                                          \
+  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1) name(const __grid_constant__ Args args)
 #else
-#define TEMPER_KERNEL_OF(name, Args, threads, resident)                                                           \
-  extern "C" void name(const Args& args);                                                                         \
-  static const host::Entry name##_entry(#name, sizeof(Args), [](const void* args) { name(*(const Args*)args); }); \
+#define TEMPER_HOST_KERNEL(name, Args, blocks)                                                            \
+  extern "C" void name(const Args& args);                                                                 \
+  static const host::Entry name##_entry(#name, sizeof(Args), blocks, [](const void* args) { name(*(const Args*)args); }); \
   extern "C" void name(const Args& args)
+#define TEMPER_KERNEL_OF(name, Args, threads, resident) TEMPER_HOST_KERNEL(name, Args, 1)
+// In clusters of so many blocks.
+#define TEMPER_CLUSTER_KERNEL(name, Args, threads, blocks) TEMPER_HOST_KERNEL(name, Args, blocks)
 #endif
 // With kBlockThreads threads.
 #define TEMPER_KERNEL(name, Args, resident) TEMPER_KERNEL_OF(name, Args, kBlockThreads, resident)
 
 // Shared memory whose size the launch gives.
 #ifdef TEMPER_CUDA
-#define TEMPER_DYNAMIC_SHARED(name) extern __shared__ __align__(128) uint8_t name[]
+#define TEMPER_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) uint8_t name[]
 #else
 #define TEMPER_DYNAMIC_SHARED(name) uint8_t* const name = host::dynamic_shared()
 #endif

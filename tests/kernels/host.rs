@@ -1,9 +1,10 @@
 //! The kernels' host build (kernels/host) as an executor of launches, and its codecs as safe functions.
 
 use std::ffi::{CStr, CString};
+use std::sync::Arc;
 
 use tch::Device;
-use temper::ops::cuda::launch::{Executor, Launch};
+use temper::ops::cuda::launch::{Boxes, Executor, Launch, Properties, TensorMap};
 use temper::{Error, Result};
 
 use crate::ffi::*;
@@ -21,9 +22,17 @@ impl Executor for Shim {
         Device::Cpu
     }
 
-    /// One: matrices of a moderate size then take every path of large ones.
-    fn multiprocessors(&self) -> temper::Result<u32> {
-        Ok(1)
+    /// One multiprocessor: matrices of a moderate size then take every path of large ones.
+    fn properties(&self) -> Result<Arc<Properties>> {
+        Ok(Arc::new(Properties { name: "host".into(), multiprocessors: 1, is_hopper: true }))
+    }
+
+    /// `Map` of kernels/host/shim.h.
+    unsafe fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap> {
+        let Boxes { from, rows, columns, box_rows } = *boxes;
+        let mut map = [0; 16];
+        map[..5].copy_from_slice(&[from as u64, columns, rows, columns * 2, u64::from(box_rows)]);
+        Ok(map)
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {

@@ -4,7 +4,8 @@
 use tch::{Kind, Tensor};
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::generator;
-use temper::ops::cuda::matmul::{Choice, Layout, Product, choices, matmul, prepare_as};
+use temper::ops::cuda::launch::Executor;
+use temper::ops::cuda::matmul::{Choice, Layout, Product, matmul, prepare_as};
 use temper::ops::cuda::noise::{Destination, SUMS};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
 
@@ -56,6 +57,12 @@ impl Case {
         (a.matmul(&b), a.abs().matmul(&b.abs()))
     }
 
+    fn choices(&self) -> Vec<Choice> {
+        let out = Tensor::empty([1], (Kind::Float, tch::Device::Cpu));
+        let product = self.product(Destination::Store(&out), None);
+        product.choices(&Shim(0).properties().unwrap()).unwrap()
+    }
+
     /// f32 C without error, by one choice.
     fn clean(&self, shim: Shim, choice: Choice) -> Tensor {
         let (m, n, _) = self.sizes;
@@ -83,7 +90,7 @@ fn every_layout_dtype_tile_and_split() {
             for kind in KINDS {
                 let case = Case::new(layout, kind, sizes, number as u64);
                 let exact = case.exact();
-                for choice in choices(layout, kind, sizes.2 as i64) {
+                for choice in case.choices() {
                     // A few of the many splits.
                     if ![1, 2, 3].contains(&choice.splits) {
                         continue;
@@ -107,7 +114,7 @@ fn random_shapes() {
         let aligned = turn % 2 == 0;
         let sizes = (eights(below(150), aligned), eights(below(300), aligned), eights(below(400), aligned));
         let case = Case::new(layout, kind, sizes, turn as u64);
-        let all = choices(layout, kind, sizes.2 as i64);
+        let all = case.choices();
         let choice = all[below(all.len()) - 1];
         let what = format!("{layout:?} {kind:?} {sizes:?} {choice:?}");
         assert_near(&case.clean(Shim(turn as u32), choice), &case.exact(), sizes.2, &what);
@@ -117,7 +124,7 @@ fn random_shapes() {
 #[test]
 fn thread_order_and_tiles_beside_change_nothing() {
     let case = Case::new(Layout::Nt, Kind::BFloat16, (140, 200, 320), 3);
-    for choice in choices(Layout::Nt, Kind::BFloat16, 320) {
+    for choice in case.choices() {
         let first = floats(&case.clean(ORDERS[0], choice));
         for shim in &ORDERS[1..] {
             assert_bits(&floats(&case.clean(*shim, choice)), &first, &format!("{choice:?} {shim:?}"));
@@ -141,7 +148,7 @@ fn draws_are_the_definitions_whatever_the_tile() {
                     0.0 + draw.scale * generator::normal(draw.seed, draw.stream, keys.host()[i / n], (i % n) as u32)
                 })
                 .collect();
-            for choice in choices(layout, kind, k as i64).into_iter().filter(|choice| choice.splits <= 2) {
+            for choice in zero.choices().into_iter().filter(|choice| choice.splits <= 2) {
                 let out = tensor(&vec![f32::NAN; m * n], m, n, Kind::Float);
                 let product = Product { keys: &keys, ..zero.product(Destination::Store(&out), Some(&draw)) };
                 prepare_as(&Shim(5), &product, choice).unwrap().run(&Shim(5)).unwrap();
@@ -157,7 +164,7 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
     let draw = ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream: 9 };
     for kind in KINDS {
         let case = Case::new(Layout::Nt, kind, (m, n, k), 8);
-        for choice in choices(Layout::Nt, kind, k as i64) {
+        for choice in case.choices() {
             let clean = case.clean(Shim(0), choice);
             let (y, bias) = (floats(&clean), floats(&case.bias));
             let noisy = |i: usize| {

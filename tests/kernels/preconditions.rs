@@ -1,11 +1,13 @@
 //! The CUDA operations refuse what they cannot take, with an error that names the tensor.
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor};
 use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::format::Format;
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
-use temper::ops::cuda::launch::{Executor, Gpu, Launch};
+use temper::ops::cuda::launch::{Boxes, Executor, Gpu, Launch, Properties, TensorMap};
 use temper::ops::cuda::noise::{Destination, Law, Noisy, add_noise};
 use temper::ops::fake_quant::StochasticDraw;
 use temper::ops::matmul_error::RowKeys;
@@ -74,8 +76,13 @@ impl Executor for NoGpu {
         tch::Device::Cpu
     }
 
-    fn multiprocessors(&self) -> temper::Result<u32> {
-        Ok(4)
+    fn properties(&self) -> temper::Result<Arc<Properties>> {
+        Shim(0).properties()
+    }
+
+    unsafe fn tensor_map(&self, boxes: &Boxes) -> temper::Result<TensorMap> {
+        // SAFETY: the caller's promise.
+        unsafe { Shim(0).tensor_map(boxes) }
     }
 
     unsafe fn run(&self, launch: &Launch) -> temper::Result<()> {

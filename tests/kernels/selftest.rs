@@ -1,7 +1,9 @@
 //! The self-test of a GPU, on the host's build of the kernels: it passes, and it can fail.
 
+use std::sync::Arc;
+
 use temper::bench::selftest::{Check, Sizes, run};
-use temper::ops::cuda::launch::{Executor, Launch};
+use temper::ops::cuda::launch::{Boxes, Executor, Launch, Properties, TensorMap};
 
 use crate::host::Shim;
 
@@ -29,8 +31,13 @@ impl Executor for Faulty {
         tch::Device::Cpu
     }
 
-    fn multiprocessors(&self) -> temper::Result<u32> {
-        Ok(4)
+    fn properties(&self) -> temper::Result<Arc<Properties>> {
+        Shim(0).properties()
+    }
+
+    unsafe fn tensor_map(&self, boxes: &Boxes) -> temper::Result<TensorMap> {
+        // SAFETY: the caller's promise.
+        unsafe { Shim(0).tensor_map(boxes) }
     }
 
     unsafe fn run(&self, launch: &Launch) -> temper::Result<()> {

@@ -7,7 +7,7 @@ use super::{Check, Compared, Sizes, dtype, enter, inputs};
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Executor;
-use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, choices, prepare_as};
+use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, prepare_as};
 use crate::ops::cuda::noise::Destination;
 use crate::ops::fake_quant::fake_quant;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, finish_product};
@@ -28,7 +28,7 @@ pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -
         }
         for (layout, kind) in operands {
             let case = Case::new(executor, layout, kind, (m, n, k))?;
-            for choice in choices(layout, kind, k as i64).into_iter().filter(|c| SPLITS.contains(&c.splits)) {
+            for choice in case.choices(executor)?.into_iter().filter(|c| SPLITS.contains(&c.splits)) {
                 let Choice { tile, splits } = choice;
                 let name = format!("{layout:?} {}x{} splits {splits}", tile.m, tile.n);
                 let run = |compared: &mut Compared| case.check(executor, choice, compared);
@@ -46,6 +46,16 @@ pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -
 enum Operand {
     Dense(Tensor),        // on the CPU
     Packed(PackedWeight), // on the device
+}
+
+impl Operand {
+    /// The matrix, or the codes.
+    fn values(&self) -> &Tensor {
+        match self {
+            Operand::Dense(b) => b,
+            Operand::Packed(packed) => &packed.codes,
+        }
+    }
 }
 
 struct Case {
@@ -82,19 +92,36 @@ impl Case {
         Ok(Case { layout, a, b: operand, exact, magnitude, k })
     }
 
+    fn choices(&self, executor: &dyn Executor) -> Result<Vec<Choice>> {
+        let device = executor.device();
+        // Alignment counts, and that is the same in all memory of torch's.
+        let (a, b) = (self.a.f_to_device(device)?, self.b.values().f_to_device(device)?);
+        let (out, keys) = (Tensor::f_zeros([1], (Kind::Float, device))?, RowKeys::consecutive(0, 0));
+        self.product(&a, &b, &out, None, &keys).choices(&*executor.properties()?)
+    }
+
+    fn product<'a>(
+        &'a self,
+        a: &'a Tensor,
+        b: &'a Tensor,
+        out: &'a Tensor,
+        error: Option<&'a ErrorDraw>,
+        keys: &'a RowKeys,
+    ) -> Product<'a> {
+        let scales = match &self.b {
+            Operand::Dense(_) => None,
+            Operand::Packed(packed) => Some(packed.scales()),
+        };
+        let into = Destination::Store(out);
+        Product { layout: self.layout, a, b, scales, into, bias: None, error, keys, sums: None }
+    }
+
     fn run(&self, executor: &dyn Executor, a: &Tensor, error: Option<&ErrorDraw>, choice: Choice) -> Result<Tensor> {
         let device = executor.device();
-        let a = a.f_to_device(device)?;
-        let (b, scales) = match &self.b {
-            Operand::Dense(b) => (b.f_to_device(device)?, None),
-            Operand::Packed(packed) => (packed.codes.shallow_clone(), Some(packed.scales())),
-        };
+        let (a, b) = (a.f_to_device(device)?, self.b.values().f_to_device(device)?);
         let out = Tensor::f_full(self.exact.size(), f64::NAN, (Kind::Float, device))?;
         let keys = RowKeys::new((0..self.exact.size()[0] as u64).map(|row| row << 18 | 3).collect());
-        let into = Destination::Store(&out);
-        let product =
-            Product { layout: self.layout, a: &a, b: &b, scales, into, bias: None, error, keys: &keys, sums: None };
-        prepare_as(executor, &product, choice)?.run(executor)?;
+        prepare_as(executor, &self.product(&a, &b, &out, error, &keys), choice)?.run(executor)?;
         Ok(out.f_to_device(Device::Cpu)?)
     }
 

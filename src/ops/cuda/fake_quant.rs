@@ -95,7 +95,7 @@ pub fn prepare(
     let device = executor.device();
     let seed = matrices.iter().find_map(|matrix| matrix.draw).map_or(0, |draw| draw.seed);
     let kind = matrices.first().map_or(Kind::Float, |matrix| matrix.x.kind());
-    let call = Call { device, multiprocessors: executor.multiprocessors()?, format, kind, seed };
+    let call = Call { device, multiprocessors: executor.properties()?.multiprocessors, format, kind, seed };
     let count = matrices.len() as i64;
     let groups = matrices.iter().map(|m| if let MatrixScale::Group(n) = m.scale { n as i64 + 1 } else { 0 }).max();
     let groups = groups.unwrap_or(0);
@@ -138,7 +138,7 @@ pub fn amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<Tenso
 /// # Errors
 /// As [`amax`].
 pub fn prepare_amax(executor: &dyn Executor, x: &Tensor, format: Format) -> Result<(Prepared, Tensor)> {
-    let (device, multiprocessors) = (executor.device(), executor.multiprocessors()?);
+    let (device, multiprocessors) = (executor.device(), executor.properties()?.multiprocessors);
     let call = Call { device, multiprocessors, format, kind: x.kind(), seed: 0 };
     let matrix = Matrix { x, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
     let mut zeros = Zeros::new(Buffers::zero_words(&call, &matrix), device)?;

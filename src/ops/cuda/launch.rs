@@ -2,9 +2,8 @@
 //! kernels.
 #![allow(unsafe_code)]
 
-use std::collections::BTreeMap;
 use std::ffi::c_void;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::driver::{DriverError, result, sys};
 use tch::{Device, Kind, Tensor};
@@ -54,13 +53,46 @@ impl Launch {
     }
 }
 
+/// Of a device.
+#[derive(Clone, Debug, Default)]
+pub struct Properties {
+    /// As CUDA calls it.
+    pub name: String,
+    pub multiprocessors: u32,
+    /// Whether kernels for sm_90a run.
+    pub is_hopper: bool,
+}
+
+/// Boxes of 64 columns and `box_rows` rows of a matrix [rows, columns] of 16-bit elements, its rows aligned to 16 bytes.
+pub struct Boxes {
+    pub from: *mut c_void,
+    pub rows: u64,
+    pub columns: u64,
+    pub box_rows: u32,
+}
+
+/// `TensorMap` of kernels/include/hopper.cuh.
+pub type TensorMap = [u64; 16];
+
 /// What runs launches: a GPU ([`Gpu`]), or in the tests the host's build of the same kernels on CPU tensors.
 pub trait Executor {
     /// Where the tensors must lie.
     fn device(&self) -> Device;
 
-    /// How many multiprocessors there are to fill.
-    fn multiprocessors(&self) -> Result<u32>;
+    /// What the choice of kernels and tiles depends on.
+    ///
+    /// # Errors
+    /// `Unavailable` without driver.
+    fn properties(&self) -> Result<Arc<Properties>>;
+
+    /// What a kernel needs for copies of a matrix's boxes.
+    ///
+    /// # Errors
+    /// `Unavailable` without driver; `Runtime` with CUDA's reason.
+    ///
+    /// # Safety
+    /// As [`Executor::run`] for `boxes.from`, whenever a kernel uses it.
+    unsafe fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap>;
 
     /// # Errors
     /// `Unavailable` without kernels, driver or device; `OutOfMemory`; `Runtime` with the reason.
@@ -150,7 +182,7 @@ impl Gpu {
         }
     }
 
-    fn ordinal(self) -> Result<i32> {
+    pub(super) fn ordinal(self) -> Result<i32> {
         i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))
     }
 
@@ -196,21 +228,12 @@ impl Executor for Gpu {
         Device::Cuda(self.0)
     }
 
-    fn multiprocessors(&self) -> Result<u32> {
-        let mut known = MULTIPROCESSORS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(&count) = known.get(&self.0) {
-            return Ok(count);
-        }
-        let ordinal = self.ordinal()?;
-        require_driver()?;
-        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let ask = || {
-            result::init()?;
-            // SAFETY: the device was just returned by CUDA.
-            unsafe { result::device::get_attribute(result::device::get(ordinal)?, attribute) }
-        };
-        let count = ask().map_err(|e| driver_error(&format!("asking cuda:{ordinal}"), e))?;
-        Ok(*known.entry(self.0).or_insert(count.max(1) as u32))
+    fn properties(&self) -> Result<Arc<Properties>> {
+        self.known_properties()
+    }
+
+    unsafe fn tensor_map(&self, boxes: &Boxes) -> Result<TensorMap> {
+        self.encode(boxes)
     }
 
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
@@ -223,8 +246,6 @@ impl Executor for Gpu {
         unsafe { Graph::capture(*self, launches) }.map(Some)
     }
 }
-
-static MULTIPROCESSORS: Mutex<BTreeMap<usize, u32>> = Mutex::new(BTreeMap::new());
 
 /// What a kernel needs of a tensor; [`Needs::check`] is the only way from a tensor to a device pointer.
 pub struct Needs<'a> {

@@ -2,25 +2,31 @@
 //! C += law(A B^T) in f32. The error is made where the product's sums lie in registers, and never stored.
 #![allow(unsafe_code)]
 
+mod hopper;
 mod kernel;
+mod measured;
 mod packed;
 mod tile;
 
 use std::ffi::c_void;
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use super::launch::{Executor, Needs, Prepared};
+use super::launch::{Executor, Needs, Prepared, Properties};
 use super::noise::{Destination, SUMS};
 use crate::numerics::format::Format;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 use crate::{Error, Result};
+use hopper::hopper_choices;
 use kernel::Call;
+pub use measured::{MeasuredChoice, choices_of_others, read_choices};
 pub use packed::PackedWeight;
 pub use tile::{Choice, TileShape, choices, choose};
 
 /// How the operands of C [m, n] = A B^T are stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Layout {
     /// a [m, k], b [n, k]: y = x W^T.
     Nt,
@@ -85,8 +91,7 @@ pub fn matmul(executor: &dyn Executor, product: &Product) -> Result<()> {
 /// # Errors
 /// As [`matmul`].
 pub fn prepare(executor: &dyn Executor, product: &Product) -> Result<Prepared> {
-    let choice = choose(product.layout, product.a.kind(), product.sizes()?, executor.multiprocessors()?);
-    prepare_as(executor, product, choice)
+    prepare_as(executor, product, product.choice(executor)?)
 }
 
 /// [`prepare`] with a tile and splits of the caller's.
@@ -145,7 +150,10 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
             list
         }
     };
-    let mut call = Call {
+    if choice.tile.is_hopper && !product.fits_hopper() {
+        return Err(Error::Runtime("matmul: found operands for which sm_90a has no kernel".into()));
+    }
+    let call = Call {
         layout: product.layout,
         kind,
         choice,
@@ -163,7 +171,8 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
         0 => Vec::new(),
         _ => {
             let (partials, tickets) = call.workspace((m, n, k), device)?;
-            let launch = call.launch((m, n, k), product.error, out_kind == Kind::Float, adds, &partials, &tickets);
+            let launch =
+                call.launch(executor, (m, n, k), product.error, out_kind == Kind::Float, adds, &partials, &tickets);
             memory.extend(partials.into_iter().chain(tickets));
             vec![launch?]
         }
@@ -173,6 +182,37 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
 }
 
 impl Product<'_> {
+    /// The choice that was measured to be fastest on such a device, else the one that a model of the machine finds so.
+    fn choice(&self, executor: &dyn Executor) -> Result<Choice> {
+        let (sizes, properties) = (self.sizes()?, executor.properties()?);
+        let measured = match self.a.kind() {
+            Kind::BFloat16 => measured::choice(&properties.name, self.layout, sizes),
+            _ => None,
+        };
+        let usable = measured.filter(|choice| !choice.tile.is_hopper || properties.is_hopper && self.fits_hopper());
+        Ok(usable.unwrap_or_else(|| choose(self.layout, self.a.kind(), sizes, properties.multiprocessors)))
+    }
+
+    /// All choices, the plainest first.
+    ///
+    /// # Errors
+    /// `Runtime` for shapes that are not two matrices'.
+    pub fn choices(&self, properties: &Properties) -> Result<Vec<Choice>> {
+        let (_, _, k) = self.sizes()?;
+        let hoppers = hopper_choices().filter(|_| properties.is_hopper && self.fits_hopper());
+        Ok(choices(self.layout, self.a.kind(), k).into_iter().chain(hoppers).collect())
+    }
+
+    /// Whether the kernels of sm_90a take such operands.
+    pub fn fits_hopper(&self) -> bool {
+        let is_aligned = |t: &Tensor| {
+            let row = t.size().last().copied().unwrap_or(0) as usize * t.kind().elt_size_in_bytes();
+            (t.data_ptr() as usize).is_multiple_of(16) && row.is_multiple_of(16) && row > 0
+        };
+        let is_dense = self.layout.packed_format().is_none();
+        is_dense && self.a.kind() == Kind::BFloat16 && is_aligned(self.a) && is_aligned(self.b)
+    }
+
     /// Pointers to the scales of blocks and of the tensor of a packed b; and that all is as its kernels want it.
     fn scales(&self, format: Format, device: Device) -> Result<(*mut c_void, *mut c_void)> {
         let bad = |what: String| Error::Runtime(format!("matmul: {what} with a packed b"));

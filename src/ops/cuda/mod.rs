@@ -7,5 +7,6 @@ pub mod launch;
 mod loaded;
 pub mod matmul;
 pub mod noise;
+mod properties;
 pub mod timer;
 mod zeros;

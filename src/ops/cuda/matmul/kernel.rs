@@ -4,16 +4,16 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
-use super::Layout;
 use super::tile::Choice;
-use crate::ops::cuda::launch::Launch;
+use super::{Layout, hopper};
+use crate::ops::cuda::launch::{Executor, Launch};
 use crate::ops::cuda::noise::{NO_ERROR, law_number};
 use crate::ops::matmul_error::ErrorDraw;
 use crate::{Error, Result};
 
 /// `MatmulArgs` of kernels/include/matmul_tile.cuh.
 #[repr(C)]
-struct MatmulArgs {
+pub struct MatmulArgs {
     a: *const c_void,
     b: *const c_void,
     c: *mut c_void,
@@ -32,8 +32,8 @@ struct MatmulArgs {
     stream: u32,
     scale: f32,
     flags: u32,
-    tiles_m: u32,
-    tiles_n: u32,
+    pub tiles_m: u32,
+    pub tiles_n: u32,
     splits: u32,
     split_k: u32,
     unused: u32,
@@ -80,7 +80,8 @@ impl Call {
     }
 
     pub fn launch(
-        &mut self,
+        &self,
+        executor: &dyn Executor,
         (m, n, k): (i64, i64, i64),
         error: Option<&ErrorDraw>,
         is_f32: bool,
@@ -142,6 +143,9 @@ impl Call {
             split_k: self.choice.split_k(i64::from(k)),
             unused: 0,
         };
+        if tile.is_hopper {
+            return hopper::launch(self, executor, (m, n, k), args);
+        }
         let (file, kernel) = self.kernel();
         Ok(Launch::new(file, kernel, blocks, &args).with_blocks_of(tile.threads, tile.shared_bytes))
     }

@@ -15,19 +15,38 @@ pub struct TileShape {
     pub step_k: u32,
     /// Blocks of threads that fit a multiprocessor.
     pub resident: u32,
+    /// Of a cluster of two blocks, of instructions of sm_90a.
+    pub is_hopper: bool,
     /// Multiplications a clock and multiprocessor, over the 1024 that an A100 can do.
     efficiency: f64,
 }
 
+impl TileShape {
+    /// Stages of 64 k, the sums of a tile, barriers: kSharedBytes of kernels/include/matmul_sm90.cuh.
+    pub(super) const fn hopper(n: u32, stages: u32) -> TileShape {
+        let shared_bytes = stages * (128 + n) * 64 * 2 + 128 * n * 4 + (2 * stages + 4) * 8;
+        TileShape { m: 256, n, threads: 384, shared_bytes, step_k: 64, resident: 1, is_hopper: true, efficiency: 1.0 }
+    }
+}
+
 /// Four stages of 32 k in 16 bits.
 const fn dense(m: u32, n: u32, resident: u32, efficiency: f64) -> TileShape {
-    TileShape { m, n, threads: 128, shared_bytes: 4 * (m + n) * 32 * 2, step_k: 32, resident, efficiency }
+    TileShape {
+        m,
+        n,
+        threads: 128,
+        shared_bytes: 4 * (m + n) * 32 * 2,
+        step_k: 32,
+        resident,
+        is_hopper: false,
+        efficiency,
+    }
 }
 
 /// Three stages of 128 k: A in 16 bits, the weight's codes in 4 and its scales.
 const fn packed(m: u32, scales_of_row: u32, resident: u32, efficiency: f64) -> TileShape {
     let shared_bytes = 3 * (m * 256 + 256 * (64 + scales_of_row));
-    TileShape { m, n: 256, threads: 128, shared_bytes, step_k: 128, resident, efficiency }
+    TileShape { m, n: 256, threads: 128, shared_bytes, step_k: 128, resident, is_hopper: false, efficiency }
 }
 
 const LARGE: TileShape = dense(128, 128, 2, 0.85);
@@ -35,8 +54,16 @@ const MEDIUM: TileShape = dense(64, 128, 3, 0.7);
 const DECODE_32: TileShape = dense(32, 256, 2, 0.4);
 const DECODE_16: TileShape = dense(16, 256, 2, 0.4);
 /// Of matmul_f32, which has static shared memory and no stages.
-const F32: TileShape =
-    TileShape { m: 128, n: 64, threads: 256, shared_bytes: 0, step_k: 32, resident: 2, efficiency: 0.05 };
+const F32: TileShape = TileShape {
+    m: 128,
+    n: 64,
+    threads: 256,
+    shared_bytes: 0,
+    step_k: 32,
+    resident: 2,
+    is_hopper: false,
+    efficiency: 0.05,
+};
 const MXFP4: [TileShape; 3] = [packed(64, 4, 1, 0.65), packed(32, 4, 2, 0.5), packed(16, 4, 2, 0.3)];
 const NVFP4: [TileShape; 3] = [packed(64, 8, 1, 0.5), packed(32, 8, 2, 0.35), packed(16, 8, 2, 0.2)];
 

@@ -1,0 +1,60 @@
+//! The launch of kernels/matmul_sm90.cu: clusters of two blocks that stay, and go from tile to tile.
+
+use super::kernel::{Call, MatmulArgs};
+use super::tile::TileShape;
+use super::{Choice, Layout};
+use crate::Result;
+use crate::ops::cuda::launch::{Boxes, Executor, Launch, TensorMap};
+
+/// `MatmulSm90Args` of kernels/include/matmul_sm90.cuh, aligned to 64 bytes there.
+#[repr(C)]
+struct MatmulSm90Args {
+    a: TensorMap,
+    b: TensorMap,
+    rest: MatmulArgs,
+    unused: [u64; 7],
+}
+
+const _: () = assert!(size_of::<MatmulSm90Args>().is_multiple_of(64), "whole pieces of its alignment");
+
+const TILES: [TileShape; 2] = [TileShape::hopper(192, 3), TileShape::hopper(128, 5)];
+const BLOCKS: u64 = 2; // of a cluster
+const STEP_K: u32 = 64;
+
+/// What a Hopper can choose besides, in bf16 where rows of both operands are aligned to 16 bytes.
+pub fn hopper_choices() -> impl Iterator<Item = Choice> {
+    TILES.into_iter().map(|tile| Choice { tile, splits: 1 })
+}
+
+pub fn launch(call: &Call, executor: &dyn Executor, (m, n, k): (u32, u32, u32), args: MatmulArgs) -> Result<Launch> {
+    let tile = call.choice.tile;
+    let boxes = |from, (rows, columns): (u32, u32), box_rows| Boxes {
+        from,
+        rows: rows.into(),
+        columns: columns.into(),
+        box_rows,
+    };
+    // kBoxA and kBoxB: of B, each block of a cluster brings half.
+    let with_k_last = |rows: u32| rows / BLOCKS as u32;
+    let a = match call.layout {
+        Layout::Tn => boxes(call.a, (k, m), STEP_K),
+        _ => boxes(call.a, (m, k), with_k_last(tile.m)),
+    };
+    let b = match call.layout {
+        Layout::Nn | Layout::Tn => boxes(call.b, (k, n), with_k_last(STEP_K)),
+        _ => boxes(call.b, (n, k), with_k_last(tile.n)),
+    };
+    let clusters = u64::from(args.tiles_m) * u64::from(args.tiles_n);
+    let fitting = u64::from(executor.properties()?.multiprocessors) / BLOCKS;
+    let blocks = clusters.min(fitting.max(1)) * BLOCKS;
+    // SAFETY: the call's pointers are to the matrices that its sizes say.
+    let (a, b) = unsafe { (executor.tensor_map(&a)?, executor.tensor_map(&b)?) };
+    let layout = match call.layout {
+        Layout::Nn => "nn",
+        Layout::Tn => "tn",
+        _ => "nt",
+    };
+    let kernel = format!("matmul_sm90_{layout}_{}x{}_bf16", tile.m, tile.n);
+    let args = MatmulSm90Args { a, b, rest: args, unused: [0; 7] };
+    Ok(Launch::new("matmul_sm90", kernel, blocks as u32, &args).with_blocks_of(tile.threads, tile.shared_bytes))
+}
