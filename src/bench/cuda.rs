@@ -2,6 +2,7 @@
 //! prepared once and repeated, so that a time is the device's and not that of building arguments; buffers rotate and exceed
 //! the L2 cache.
 
+mod choices;
 mod fake_quant;
 mod matmul;
 mod noise;
@@ -12,6 +13,7 @@ use super::timing::{Clock, Times};
 use super::{Options, Row};
 use crate::Result;
 use crate::ops::cuda::launch::{Executor, Prepared};
+use crate::ops::cuda::matmul::MeasuredChoice;
 pub use matmul::Model;
 
 /// The matrices that are timed.
@@ -83,6 +85,19 @@ pub fn rows(executor: &dyn Executor, clock: &dyn Clock, shapes: &Shapes, options
     rows.extend(noise::rows(&device, options)?);
     rows.extend(matmul::rows(&device, options)?);
     Ok(rows)
+}
+
+/// The fastest choice for every product of the shapes.
+///
+/// # Errors
+/// As [`rows`].
+pub fn choices(
+    executor: &dyn Executor,
+    clock: &dyn Clock,
+    shapes: &Shapes,
+    options: &Options,
+) -> Result<Vec<MeasuredChoice>> {
+    choices::measure(&OnDevice { executor, clock, shapes }, options)
 }
 
 /// What every group needs.

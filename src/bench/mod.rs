@@ -17,9 +17,10 @@ use tch::Device;
 
 use crate::ops::cpu::path::Path;
 use crate::ops::cuda::launch::Gpu;
+use crate::ops::cuda::matmul::choices_of_others;
 use crate::ops::cuda::timer::Timer;
 use crate::run::machine::{CpuKind, git_commit, utc_now};
-use crate::{Result, bail_input};
+use crate::{Error, Result, bail_input};
 use timing::Times;
 
 /// The buffers of one kind hold at least this much together, more than caches do.
@@ -173,6 +174,23 @@ pub fn kernels(options: &Options, device: Device) -> Result<Report> {
         date: utc_now(),
         rows,
     })
+}
+
+/// The text of choices.json (src/ops/cuda/matmul/measured.rs) with what is fastest on this GPU, and what is built in for others.
+///
+/// # Errors
+/// `Input` for a device that is no GPU, or where `only` names no group; what the device answers.
+pub fn choices(options: &Options, device: Device) -> Result<String> {
+    let Device::Cuda(index) = device else { bail_input!("--choices: found device cpu, expected a CUDA device") };
+    let _no_grad = tch::no_grad_guard();
+    let gpu = Gpu::number(index);
+    let measured = cuda::choices(&gpu, &Timer::new(gpu)?, &cuda::GPU, options)?;
+    let Some(first) = measured.first() else { bail_input!("--only: no group of choices has that in its name") };
+    let mut all = choices_of_others(&first.gpu);
+    all.extend(measured);
+    // A line each.
+    let lines = all.iter().map(|choice| serde_json::to_string(choice).map_err(|e| Error::Runtime(e.to_string())));
+    Ok(format!("[\n{}\n]\n", lines.collect::<Result<Vec<_>>>()?.join(",\n")))
 }
 
 impl Options<'_> {

@@ -1,9 +1,11 @@
 //! `temper bench kernels`: times of the operations beside baselines taken in the same run.
 
 use std::io::Write;
+use std::path::PathBuf;
 
 use super::Global;
-use crate::bench::{Options, Report, Row, kernels};
+use crate::bench::{Options, Report, Row, choices, kernels};
+use crate::model::checkpoint::atomic_file;
 use crate::ops::cpu::path::Path;
 use crate::{Error, Result, bail_input, device};
 
@@ -30,6 +32,10 @@ struct KernelsArgs {
     /// Only groups whose name contains this, such as `bf16 [1536, 8960]` or `noisy_linear`
     #[arg(long)]
     only: Option<String>,
+    /// Find the fastest tiles of the noisy product on this GPU instead, and write them to FILE in the form of
+    /// src/ops/cuda/matmul/choices.json, which a build takes in
+    #[arg(long, value_name = "FILE")]
+    choices: Option<PathBuf>,
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
@@ -45,7 +51,12 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             eprintln!("bench: {group}");
         }
     };
-    let report = kernels(&Options { path, only: args.only.as_deref(), progress: &progress }, device)?;
+    let options = Options { path, only: args.only.as_deref(), progress: &progress };
+    if let Some(file) = &args.choices {
+        let text = choices(&options, device)?;
+        return atomic_file(file, |to| to.write_all(text.as_bytes()).map_err(|e| Error::io(file, e)));
+    }
+    let report = kernels(&options, device)?;
     let text = match global.json {
         true => serde_json::to_string(&report).map_err(|e| Error::Runtime(format!("bench: {e}")))?,
         false => text(&report),

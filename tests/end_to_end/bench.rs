@@ -31,6 +31,16 @@ fn a_group_that_does_not_exist_is_an_error() {
 }
 
 #[test]
+fn choices_need_a_gpu() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("choices.json");
+    let output = run(&["bench", "kernels", "--device", "cpu", "--choices", file.to_str().unwrap()]);
+    let text = stderr_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{text}");
+    assert!(text.lines().count() == 1 && text.contains("--choices") && !file.exists(), "{text}");
+}
+
+#[test]
 fn selftest_without_a_gpu_says_that_nothing_was_run() {
     if temper::device::cuda_devices().is_ok() {
         println!("skipped: this machine has a GPU");

@@ -3,10 +3,11 @@
 
 use std::time::Instant;
 
-use temper::bench::cuda::{Formats, Model, Shapes, rows};
+use temper::bench::cuda::{Formats, Model, Shapes, choices, rows};
 use temper::bench::timing::Clock;
 use temper::bench::{Options, Row};
 use temper::ops::cpu::path::Path;
+use temper::ops::cuda::matmul::{Layout, read_choices};
 
 use crate::host::Shim;
 
@@ -20,6 +21,11 @@ const SHAPES: Shapes = Shapes {
     tokens: &[2, 70],
     square: 16,
     rotated_bytes: 3 * 32 * 64 * 2,
+};
+
+const SMALL: Shapes = Shapes {
+    models: &[Model { name: "tiny", linears: &[((24, 128), 1), ((128, 24), 1)], fused: &[(24, 128)] }],
+    ..SHAPES
 };
 
 /// The wall's, for as few rounds as there can be.
@@ -94,4 +100,15 @@ fn products_stand_beside_torchs_and_a_ceiling() {
 fn only_keeps_the_groups_that_contain_it() {
     assert!(measured(Some("aqn")).iter().all(|row| row.name.starts_with("aqn")));
     assert!(measured(Some("no such group")).is_empty());
+}
+
+#[test]
+fn choices_are_found_for_every_product_and_can_be_read() {
+    let options = Options { path: Path::best(), only: None, progress: &|_| {} };
+    let found = choices(&Shim(0), &Hasty, &SMALL, &options).unwrap();
+    let count = |layout: Layout| found.iter().filter(|c| c.layout == layout).count();
+    // Two linears; with 70 tokens also their backward, with 2 tokens the one whose k is whole is packed.
+    assert_eq!([Layout::Nt, Layout::Nn, Layout::Tn, Layout::NtMxfp4, Layout::NtNvfp4].map(count), [4, 2, 2, 1, 1]);
+    let text = serde_json::to_string(&found).unwrap();
+    assert_eq!(read_choices(&text).unwrap().len(), found.len());
 }

@@ -50,7 +50,9 @@ fn every_fatbin_holds_every_architecture() {
         "matmul_w4",
         "noise",
     ];
-    assert_eq!(names, files);
+    let has_hopper = ARCHES.contains(&"sm_90a");
+    let expected: Vec<&str> = files.into_iter().filter(|file| has_hopper || !file.ends_with("_sm90")).collect();
+    assert_eq!(names, expected);
     for kernel in EMBEDDED {
         let found = entries(kernel.fatbin);
         for arch in arches_of(kernel.name) {

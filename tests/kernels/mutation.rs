@@ -28,7 +28,7 @@ fn a_deleted_barrier_is_noticed() {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
     let barriers = barriers(&kernels);
     assert!(barriers.len() >= 4, "{barriers:?}");
-    let makes: [fn(&dyn Executor) -> Result<Vec<Vec<u8>>>; 2] = [results, hopper_results];
+    let makes: [fn(&dyn Executor) -> Result<Made>; 2] = [results, hopper_results];
     let expected = makes.map(|make| make(&Shim(0)).unwrap());
     for (make, expected) in makes.iter().zip(&expected) {
         assert!(ORDERS.iter().all(|shim| make(shim).unwrap() == *expected), "the thread order shows in the kernels");
@@ -71,14 +71,17 @@ fn barriers(kernels: &Path) -> Vec<(PathBuf, usize, usize)> {
     sources.flat_map(in_file).collect()
 }
 
+/// Tensors, as bytes.
+type Made = Vec<Vec<u8>>;
+
 fn bytes(t: &Tensor) -> Vec<u8> {
     let mut bytes = vec![0u8; t.numel() * t.kind().elt_size_in_bytes()];
     t.copy_data_u8(&mut bytes, t.numel());
     bytes
 }
 
-/// What kernels with shared memory make: amaxes, square tiles, sums of a block, as bytes.
-fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
+/// What kernels with shared memory make: amaxes, square tiles, sums of a block.
+fn results(executor: &dyn Executor) -> Result<Made> {
     let x = tensor(&nasty(40, 272, 2, false), 40, 272, Kind::BFloat16);
     let mut found = Vec::new();
     for format in ["mxfp4:2d", "nvfp4:2d", "nvfp4", "fp8:tensor"] {
@@ -132,7 +135,7 @@ fn results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
 }
 
 /// Four tiles of one cluster, more stages than there is room for.
-fn hopper_results(executor: &dyn Executor) -> Result<Vec<Vec<u8>>> {
+fn hopper_results(executor: &dyn Executor) -> Result<Made> {
     let (m, n, k) = (300, 200, 400);
     let matrix = |rows: usize| {
         let values: Vec<f32> = nasty(rows, k, 3, false).iter().map(|v| v.clamp(-8.0, 8.0)).collect();

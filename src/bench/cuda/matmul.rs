@@ -10,14 +10,14 @@ use crate::bench::{Options, Row};
 use crate::numerics::error_law::ErrorLaw;
 use crate::numerics::format::Format;
 use crate::ops::cuda::launch::Prepared;
-use crate::ops::cuda::matmul::{Layout, PACKED_K, PackedWeight, Product, prepare};
+use crate::ops::cuda::matmul::{Layout, PACKED_K, PackedWeight, Product, prepare, prepare_as};
 use crate::ops::cuda::noise::{Destination, SUMS};
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 
 const SCALE: f32 = 0.05;
 const DRAW: ErrorDraw = ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: SCALE, seed: 1, stream: 1 };
 /// Up to so many tokens it is a decoding step, which has no backward.
-const DECODE_TOKENS: usize = 64;
+pub const DECODE_TOKENS: usize = 64;
 
 pub fn rows(device: &OnDevice, options: &Options) -> Result<Vec<Row>> {
     let (mut rows, mut ceiling) = (Vec::new(), None);
@@ -64,7 +64,7 @@ fn ceiling(device: &OnDevice) -> Result<Row> {
 }
 
 /// A linear's operands and results, several times, to take turns.
-struct Linear {
+pub struct Linear {
     sizes: (usize, usize, usize), // tokens, out, in
     x: Vec<Tensor>,               // [tokens, in]
     w: Vec<Tensor>,               // [out, in]
@@ -79,7 +79,7 @@ struct Linear {
 
 impl Linear {
     /// Of several linears that run one after the other: with as many turns as make them exceed the caches together.
-    fn all(device: &OnDevice, tokens: usize, shapes: &[(usize, usize)]) -> Result<Vec<Linear>> {
+    pub fn all(device: &OnDevice, tokens: usize, shapes: &[(usize, usize)]) -> Result<Vec<Linear>> {
         let bytes: usize = shapes.iter().map(|(out, inner)| 2 * (tokens * inner + out * inner + tokens * out)).sum();
         let turns = device.shapes.rotated_bytes.div_ceil(bytes).max(2);
         shapes.iter().map(|&shape| Linear::new(device, tokens, shape, turns)).collect()
@@ -97,13 +97,17 @@ impl Linear {
         Ok(Linear { sizes: (tokens, out, inner), x, w, y, dy, dx, dw, keys, rows_of_w, sums })
     }
 
+    pub fn turns(&self) -> usize {
+        self.w.len()
+    }
+
     /// The prepared calls of every turn.
     fn calls<'a>(&'a self, device: &OnDevice, product: impl Fn(usize) -> Product<'a>) -> Result<Vec<Prepared>> {
         let call = |turn: usize| prepare(device.executor, &product(turn));
-        (0..self.w.len()).map(call).collect()
+        (0..self.turns()).map(call).collect()
     }
 
-    fn forward(&self, turn: usize, noisy: bool) -> Product<'_> {
+    pub fn forward(&self, turn: usize, noisy: bool) -> Product<'_> {
         Product {
             layout: Layout::Nt,
             a: &self.x[turn],
@@ -117,40 +121,40 @@ impl Linear {
         }
     }
 
-    fn dx(&self, turn: usize) -> Product<'_> {
+    pub fn dx(&self, turn: usize) -> Product<'_> {
         let (a, into) = (&self.dy[turn], Destination::Store(&self.dx[turn]));
         Product { layout: Layout::Nn, a, into, ..self.forward(turn, true) }
     }
 
-    fn dw(&self, turn: usize) -> Product<'_> {
+    pub fn dw(&self, turn: usize) -> Product<'_> {
         let (a, b, into) = (&self.dy[turn], &self.x[turn], Destination::Add(&self.dw[turn]));
         Product { layout: Layout::Tn, a, b, into, keys: &self.rows_of_w, ..self.forward(turn, true) }
     }
 
-    fn packed<'a>(&'a self, turn: usize, packed: &'a [PackedWeight], noisy: bool) -> Product<'a> {
+    pub fn packed<'a>(&'a self, turn: usize, packed: &'a [PackedWeight], noisy: bool) -> Product<'a> {
         let packed = &packed[turn];
         let (layout, scales) = (packed.layout, Some(packed.scales()));
         Product { layout, b: &packed.codes, scales, ..self.forward(turn, noisy) }
     }
 
-    fn packed_weights(&self, device: &OnDevice, format: Format) -> Result<Vec<PackedWeight>> {
+    pub fn packed_weights(&self, device: &OnDevice, format: Format) -> Result<Vec<PackedWeight>> {
         self.w.iter().map(|w| PackedWeight::quantize(device.executor, w, format)).collect()
     }
 
     /// Torch's, without noise.
     fn torch_forward(&self, turn: usize) -> Result<()> {
-        let turn = turn % self.w.len();
+        let turn = turn % self.turns();
         Ok(self.x[turn].f_mm_out(&self.y[turn], &self.w[turn].f_transpose(0, 1)?).map(drop)?)
     }
 
     fn torch_dx(&self, turn: usize) -> Result<()> {
-        let turn = turn % self.w.len();
+        let turn = turn % self.turns();
         Ok(self.dy[turn].f_mm_out(&self.dx[turn], &self.w[turn]).map(drop)?)
     }
 
     /// Into f32, without adding to what is there.
     fn torch_dw(&self, turn: usize) -> Result<()> {
-        let turn = turn % self.w.len();
+        let turn = turn % self.turns();
         let (dy, x, out) = (self.dy[turn].f_transpose(0, 1)?, &self.x[turn], &self.dw[turn]);
         match x.device() {
             // Which has no such product of bf16.
@@ -162,7 +166,7 @@ impl Linear {
 
     /// As the original did it: four roundings to bf16 after the product.
     fn torch_chain(&self, turn: usize) -> Result<()> {
-        let turn = turn % self.w.len();
+        let turn = turn % self.turns();
         let y = self.x[turn].f_mm(&self.w[turn].f_transpose(0, 1)?)?;
         let error = y.f_randn_like()?.f_mul(&y.f_abs()?)?.f_mul_scalar(f64::from(SCALE))?;
         Ok(y.f_add(&error).map(drop)?)
@@ -183,18 +187,30 @@ fn linear(device: &OnDevice, tokens: usize, shape: (usize, usize)) -> Result<Vec
     let linears = Linear::all(device, tokens, &[shape])?;
     let linear = &linears[0];
     let forward = |noisy| linear.calls(device, |turn| linear.forward(turn, noisy));
+    let properties = device.executor.properties()?;
     // Each beside the torch product of that place below.
-    let mut cases = vec![(NOISY, forward(true)?, 0), ("linear forward, clean", forward(false)?, 0)];
+    let mut cases =
+        vec![(NOISY.to_string(), forward(true)?, 0), ("linear forward, clean".to_string(), forward(false)?, 0)];
     let mut torch = vec![("torch linear forward, clean", Runner::new(|turn| linear.torch_forward(turn)))];
     if tokens > DECODE_TOKENS {
-        cases.push(("linear dX, noisy", linear.calls(device, |turn| linear.dx(turn))?, 1));
-        cases.push(("linear dW added, noisy", linear.calls(device, |turn| linear.dw(turn))?, 2));
+        cases.push(("linear dX, noisy".into(), linear.calls(device, |turn| linear.dx(turn))?, 1));
+        cases.push(("linear dW added, noisy".into(), linear.calls(device, |turn| linear.dw(turn))?, 2));
         torch.push(("torch linear dX, clean", Runner::new(|turn| linear.torch_dx(turn))));
         torch.push(("torch linear dW, clean", Runner::new(|turn| linear.torch_dw(turn))));
     } else if shape.1 as i64 % PACKED_K == 0 {
         for (format, noisy, name) in PACKED {
             let weights = linear.packed_weights(device, format)?;
-            cases.push((name, linear.calls(device, |turn| linear.packed(turn, &weights, noisy))?, 0));
+            cases.push((name.into(), linear.calls(device, |turn| linear.packed(turn, &weights, noisy))?, 0));
+        }
+    }
+    // Whatever is chosen, a Hopper shows both kernels.
+    if properties.is_hopper && tokens > DECODE_TOKENS {
+        let product = linear.forward(0, true);
+        for choice in product.choices(&properties)?.into_iter().filter(|c| c.splits == 1) {
+            let kernel = if choice.tile.is_hopper { "sm_90a" } else { "sm_80" };
+            let name = format!("{NOISY}, {kernel} {}x{}", choice.tile.m, choice.tile.n);
+            let call = |turn| prepare_as(device.executor, &linear.forward(turn, true), choice);
+            cases.push((name, (0..linear.turns()).map(call).collect::<Result<_>>()?, 0));
         }
     }
     let (names, mut runners): (Vec<&str>, Vec<Runner>) = torch.into_iter().unzip();
@@ -205,7 +221,7 @@ fn linear(device: &OnDevice, tokens: usize, shape: (usize, usize)) -> Result<Vec
     let mut rows: Vec<Row> = names.iter().zip(torch).map(|(name, times)| linear.row(name, times)).collect();
     for ((name, _, baseline), times) in cases.iter().zip(ours) {
         let row = linear.row(name, times).beside("torch, clean", &torch[*baseline]);
-        rows.push(if *name == NOISY { row.beside_chain(&torch[names.len()]) } else { row });
+        rows.push(if name == NOISY { row.beside_chain(&torch[names.len()]) } else { row });
     }
     Ok(rows)
 }
@@ -271,7 +287,7 @@ fn decoded_layer(device: &OnDevice, model: &Model, tokens: usize) -> Result<Vec<
     let linears = Linear::all(device, tokens, model.fused)?;
     // A graph for each turn.
     let joined = |mut of_linears: Vec<Vec<Prepared>>| -> Result<Vec<Prepared>> {
-        let turns = 0..linears[0].w.len();
+        let turns = 0..linears[0].turns();
         let of_turn = |_| Prepared::joined(device.executor, of_linears.iter_mut().filter_map(Vec::pop).collect());
         turns.map(of_turn).collect()
     };

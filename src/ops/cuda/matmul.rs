@@ -239,7 +239,10 @@ impl Product<'_> {
     }
 
     /// (m, n, k).
-    fn sizes(&self) -> Result<(i64, i64, i64)> {
+    ///
+    /// # Errors
+    /// `Runtime` for shapes that are not two matrices'.
+    pub fn sizes(&self) -> Result<(i64, i64, i64)> {
         let (a, b) = (self.a.size(), self.b.size());
         match (self.layout, &a[..], &b[..]) {
             (Layout::Nt | Layout::NtMxfp4 | Layout::NtNvfp4, &[m, k], &[n, _]) => Ok((m, n, k)),

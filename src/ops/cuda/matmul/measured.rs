@@ -75,6 +75,8 @@ pub fn choices_of_others(gpu: &str) -> Vec<MeasuredChoice> {
 
 #[cfg(test)]
 mod tests {
+    #![allow(clippy::unwrap_used)]
+
     use super::*;
 
     #[test]
