@@ -38,12 +38,13 @@ TEMPER_DEVICE void arrive(Shared barrier) {
 #endif
 }
 
-// At the barrier of the same place in block `rank` of the cluster.
+// At the barrier of the same place in block `rank` of the cluster. It orders what this block sees alone, which is enough for
+// reads that have ended; a release to the cluster would wait for all of the warp's writes to memory.
 TEMPER_DEVICE void arrive_at(Shared barrier, uint32_t rank) {
 #ifdef TEMPER_CUDA
   asm volatile(
       "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier),
       "r"(rank)
       : "memory");
 #else
@@ -60,11 +61,13 @@ TEMPER_DEVICE void arrive_expecting(Shared barrier, uint32_t bytes) {
 #endif
 }
 
-// Until the phase of that parity has ended; a new barrier's phase 0 is under way, so parity 1 does not wait. What never comes is
-// a fault after a minute or so, not a hang.
+// Until the phase of that parity has ended; a new barrier's phase 0 is under way, so parity 1 does not wait. What does not come
+// within 20 s is a fault, not a hang.
 TEMPER_DEVICE void wait_barrier(Shared barrier, uint32_t parity) {
 #ifdef TEMPER_CUDA
-  for (uint32_t tries = 0; tries < 1u << 30; ++tries) {
+  uint64_t begin = 0;
+#pragma unroll 1
+  for (uint32_t tries = 0;; ++tries) {
     uint32_t has_ended;
     asm volatile(
         "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
@@ -72,8 +75,12 @@ TEMPER_DEVICE void wait_barrier(Shared barrier, uint32_t parity) {
         : "r"(barrier), "r"(parity)
         : "memory");
     if (has_ended) return;
+    if (tries % 1024 != 0) continue;
+    uint64_t now_ns;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now_ns));
+    if (begin == 0) begin = now_ns;
+    if (now_ns - begin > 20000000000ull) asm volatile("trap;");
   }
-  asm volatile("trap;");
 #else
   host::wait_barrier(barrier, parity);
 #endif
@@ -140,6 +147,18 @@ TEMPER_DEVICE uint64_t operand(Shared from, uint32_t next_rows) {
 #endif
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   return kSwizzle128 | uint64_t(1024 / 16) << 32 | uint64_t(next_rows / 16) << 16 | (address & 0x3ffff) / 16;
+}
+
+// Keeps the compiler from moving reads or writes of the sums across this place: a product works on them from its issue to its
+// wait, of which the compiler knows nothing.
+template <uint32_t kCount>
+TEMPER_DEVICE void pin_sums(float (&sums)[2][kCount]) {
+#ifdef TEMPER_CUDA
+#pragma unroll
+  for (uint32_t i = 0; i < 2 * kCount; ++i) asm volatile("" : "+f"(sums[i / kCount][i % kCount])::"memory");
+#else
+  (void)sums;
+#endif
 }
 
 // Before the first product after others have touched the sums.

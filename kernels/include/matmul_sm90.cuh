@@ -137,6 +137,7 @@ struct MatmulSm90 {
     }
     arrive(may_multiply(group ^ 1));
     wait_products<0>();
+    pin_sums(sum);
     release(ring.stage);
   }
 

@@ -207,7 +207,7 @@ impl Product<'_> {
     pub fn fits_hopper(&self) -> bool {
         let is_aligned = |t: &Tensor| {
             let row = t.size().last().copied().unwrap_or(0) as usize * t.kind().elt_size_in_bytes();
-            (t.data_ptr() as usize).is_multiple_of(16) && row.is_multiple_of(16) && row > 0
+            (t.data_ptr() as usize).is_multiple_of(16) && row.is_multiple_of(16) && t.numel() > 0
         };
         let is_dense = self.layout.packed_format().is_none();
         is_dense && self.a.kind() == Kind::BFloat16 && is_aligned(self.a) && is_aligned(self.b)

@@ -47,28 +47,30 @@ impl Gpu {
     /// With the 128-byte swizzle that kernels/include/hopper.cuh expects, zeros outside.
     pub(super) fn encode(self, boxes: &Boxes) -> Result<TensorMap> {
         const BYTES: u64 = 2; // of an element
-        require_driver()?;
         let mut map = sys::CUtensorMap_st { opaque: [0; 16] };
         let (sizes, strides) = ([boxes.columns, boxes.rows], [boxes.columns * BYTES]);
         let (of_box, steps) = ([64, boxes.box_rows], [1, 1]);
-        // SAFETY: the arrays are as long as two dimensions need; the address is only written into the map.
-        let outcome = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
-                boxes.from,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                of_box.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        outcome.result().map_err(|e| driver_error("describing a matrix for copies of boxes", e))?;
+        // CUDA wants a context for it.
+        self.in_primary_context("describing a matrix for copies of boxes", || {
+            // SAFETY: the arrays are as long as two dimensions need; the address is only written into the map.
+            let outcome = unsafe {
+                sys::cuTensorMapEncodeTiled(
+                    &raw mut map,
+                    sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                    2,
+                    boxes.from,
+                    sizes.as_ptr(),
+                    strides.as_ptr(),
+                    of_box.as_ptr(),
+                    steps.as_ptr(),
+                    sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                    sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                    sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+                )
+            };
+            outcome.result()
+        })?;
         Ok(map.opaque)
     }
 }
