@@ -16,5 +16,6 @@ pub mod numerics;
 pub mod ops;
 pub mod rl;
 pub mod run;
+pub mod srdd;
 
 pub use error::{Error, Result};

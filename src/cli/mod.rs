@@ -13,6 +13,8 @@ mod prompt;
 pub mod quantize;
 pub mod quickstart;
 mod results;
+pub mod scan;
+mod scan_tables;
 pub mod score;
 pub mod selftest;
 pub mod train;
@@ -65,6 +67,8 @@ enum Command {
     Score(score::Args),
     /// Quantize a model directory or a .safetensors file
     Quantize(quantize::Args),
+    /// Where in a model, and how much, formats and hardware errors hurt; multipliers of AQN from it
+    Scan(scan::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
     /// Times of the operations beside baselines taken in the same run
@@ -96,7 +100,10 @@ pub fn main() -> ExitCode {
         Ok(cli) => cli,
         Err(usage) => return usage_error(&usage),
     };
-    if matches!(cli.command, Command::Quickstart(_) | Command::Train(_) | Command::Eval(_) | Command::Bench(_)) {
+    if matches!(
+        cli.command,
+        Command::Quickstart(_) | Command::Train(_) | Command::Eval(_) | Command::Scan(_) | Command::Bench(_)
+    ) {
         let_idle_threads_sleep();
     }
     // A panic is a bug; its user still gets one line.
@@ -123,6 +130,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
+        Command::Scan(args) => scan::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),

@@ -8,6 +8,12 @@ use crate::inject::injector::Injector;
 use crate::numerics::noise_key::{Phase, token_key};
 use crate::ops::matmul_error::RowKeys;
 
+/// Sees the residual stream on its way.
+pub trait BlockObserver {
+    /// x, y [tokens, hidden]: what block `layer` read and gave.
+    fn observe(&self, layer: usize, x: &Tensor, y: &Tensor) -> Result<()>;
+}
+
 /// One forward pass over flattened rows (no padding): row r is the token with key `keys[r]`.
 pub struct Pass<'a> {
     pub injector: Option<&'a Injector>,
@@ -22,6 +28,8 @@ pub struct Pass<'a> {
     pub measure_norms: bool,
     /// Told of every linear's input.
     pub calibration: Option<&'a Calibration<'a>>,
+    /// Told of every block's input and output.
+    pub observer: Option<&'a dyn BlockObserver>,
     pub keys: RowKeys, // [rows]
 }
 
@@ -37,6 +45,7 @@ impl<'a> Pass<'a> {
             microbatch_draw: 0,
             measure_norms: false,
             calibration: None,
+            observer: None,
             keys,
         }
     }

@@ -140,13 +140,23 @@ impl Qwen2 {
         let embedding_anchor = self.embed_tokens.anchor();
         let mut x = embedding(ids, self.embed_tokens.value(), embedding_anchor, pass.differentiable)?;
         let rotary = Rotary::new(&self.config, positions)?;
-        for (layer, block) in self.blocks.iter().enumerate() {
-            let normed = block.input_layernorm.forward(&x, pass)?;
-            x = x.f_add(&block.attention.forward(layer, &normed, &self.config, &rotary, attend, pass)?)?;
-            let normed = block.post_attention_layernorm.forward(&x, pass)?;
-            x = x.f_add(&block.mlp.forward(&normed, pass)?)?;
+        for layer in 0..self.blocks.len() {
+            let y = self.block(layer, &x, &rotary, attend, pass)?;
+            if let Some(observer) = pass.observer {
+                observer.observe(layer, &x, &y)?;
+            }
+            x = y;
         }
         Ok(x)
+    }
+
+    /// The residual stream x [tokens, hidden] after block `layer`.
+    pub fn block(&self, layer: usize, x: &Tensor, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Tensor> {
+        let block = &self.blocks[layer];
+        let normed = block.input_layernorm.forward(x, pass)?;
+        let x = x.f_add(&block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?)?;
+        let normed = block.post_attention_layernorm.forward(&x, pass)?;
+        Ok(x.f_add(&block.mlp.forward(&normed, pass)?)?)
     }
 
     /// Every parameter once, in the order of the module list.

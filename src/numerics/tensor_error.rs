@@ -20,6 +20,28 @@ pub struct TensorError {
     pub gain: f64,
 }
 
+impl TensorError {
+    /// The mean of each metric, over the errors where it is finite (an all-zero tensor has no SQNR); NaN where it is so in
+    /// none, null in JSON.
+    pub fn mean(errors: &[&TensorError]) -> TensorError {
+        let mean = |metric: fn(&TensorError) -> f64| {
+            let values: Vec<f64> = errors.iter().map(|error| metric(error)).filter(|v| v.is_finite()).collect();
+            values.iter().sum::<f64>() / values.len() as f64
+        };
+        TensorError {
+            sqnr_db: mean(|e| e.sqnr_db),
+            mse: mean(|e| e.mse),
+            rmse: mean(|e| e.rmse),
+            relative_error: mean(|e| e.relative_error),
+            cosine: mean(|e| e.cosine),
+            max_abs_error: mean(|e| e.max_abs_error),
+            deadzone_ratio: mean(|e| e.deadzone_ratio),
+            saturation_ratio: mean(|e| e.saturation_ratio),
+            gain: mean(|e| e.gain),
+        }
+    }
+}
+
 /// Sums from which the metrics follow; sums of parts merge. Elements where x or q is not finite are counted in
 /// `nonfinite` and enter no other sum.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

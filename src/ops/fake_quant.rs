@@ -41,6 +41,27 @@ pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&
     made.matrices.into_iter().find_map(|matrix| matrix.dequantized).ok_or_else(nothing_made)
 }
 
+/// As [`fake_quant`], with the sums behind the error metrics.
+///
+/// # Errors
+/// As [`fake_quant`].
+pub fn fake_quant_with_errors(
+    x: &Tensor,
+    format: Format,
+    scale: TensorScale,
+    draw: Option<&StochasticDraw>,
+) -> Result<(Tensor, TensorErrorSums)> {
+    if x.device() == Device::Cpu {
+        return on_cpu(x, format, scale, draw, true);
+    }
+    let matrix = Matrix { x, scale: MatrixScale::Own(scale), draw };
+    let wanted = Wanted { error_sums: true, ..DEQUANTIZED };
+    let made = on_device::quantize(&Gpu::of("fake_quant: x", x)?, format, &[matrix], wanted)?;
+    let sums = made.error_sums()?.into_iter().next().ok_or_else(nothing_made)?;
+    let dequantized = made.matrices.into_iter().find_map(|matrix| matrix.dequantized);
+    Ok((dequantized.ok_or_else(nothing_made)?, sums))
+}
+
 /// A weight of a model.
 pub struct Weight<'a> {
     pub x: &'a Tensor,

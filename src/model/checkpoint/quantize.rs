@@ -15,7 +15,7 @@ use super::{Checkpoint, StoredDtype, TensorSink, TensorSpec, is_readable_float};
 use crate::inject::plan::FUSED_PROJECTIONS;
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::Format;
-use crate::numerics::tensor_error::TensorError;
+use crate::numerics::tensor_error::{TensorError, TensorErrorSums};
 use crate::{Result, bail_input};
 use pieces::Pieces;
 
@@ -103,20 +103,43 @@ impl<'a> Quantizer<'a> {
             pieces.copy(sink, progress)?;
             return Ok(None);
         }
-        let scale = match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
+        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, self.scale(&pieces, spec)?, sink, progress)?;
+        Ok(Some(self.report(spec, &sums, nonfinite_blocks)))
+    }
+
+    /// What [`Quantizer::fill`] would do to tensor `index`, without writing; `None` for one that would be copied.
+    pub fn error(
+        &self,
+        index: usize,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>> {
+        if !self.quantized[index] {
+            return Ok(None);
+        }
+        let spec = &self.specs[index];
+        let tensor = self.checkpoint.tensor(&spec.name)?;
+        let pieces = Pieces { checkpoint: self.checkpoint, tensor, format: self.format };
+        let (sums, nonfinite_blocks) = pieces.error(index as u32, self.scale(&pieces, spec)?, progress)?;
+        Ok(Some(self.report(spec, &sums, nonfinite_blocks)))
+    }
+
+    fn scale(&self, pieces: &Pieces, spec: &TensorSpec) -> Result<TensorScale> {
+        Ok(match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
             Some(&amax) => TensorScale::Amax(amax),
             None if self.format.has_tensor_scale() => TensorScale::Amax(pieces.amax()?),
             None => TensorScale::Tensor,
-        };
-        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, scale, sink, progress)?;
-        Ok(Some(QuantizedTensor {
+        })
+    }
+
+    fn report(&self, spec: &TensorSpec, sums: &TensorErrorSums, nonfinite_blocks: usize) -> QuantizedTensor {
+        QuantizedTensor {
             name: spec.name.clone(),
             format: self.format,
             dtype: spec.dtype.to_string(),
             shape: spec.shape.clone(),
             error: sums.finish(),
             nonfinite_blocks,
-        }))
+        }
     }
 
     fn find_shared_amax(&mut self) -> Result<()> {
@@ -133,24 +156,9 @@ impl<'a> Quantizer<'a> {
     }
 }
 
-/// Mean over tensors of each metric, over the tensors where it is finite (an all-zero tensor has no SQNR); JSON
-/// null where it is so in none.
+/// Mean over tensors of each metric.
 pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
-    let mean = |metric: fn(&TensorError) -> f64| {
-        let values: Vec<f64> = tensors.iter().map(|t| metric(&t.error)).filter(|v| v.is_finite()).collect();
-        values.iter().sum::<f64>() / values.len() as f64
-    };
-    TensorError {
-        sqnr_db: mean(|e| e.sqnr_db),
-        mse: mean(|e| e.mse),
-        rmse: mean(|e| e.rmse),
-        relative_error: mean(|e| e.relative_error),
-        cosine: mean(|e| e.cosine),
-        max_abs_error: mean(|e| e.max_abs_error),
-        deadzone_ratio: mean(|e| e.deadzone_ratio),
-        saturation_ratio: mean(|e| e.saturation_ratio),
-        gain: mean(|e| e.gain),
-    }
+    TensorError::mean(&tensors.iter().map(|t| &t.error).collect::<Vec<_>>())
 }
 
 /// `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.self_attn.q_proj`: the group's first sibling.

@@ -64,9 +64,33 @@ impl Pieces<'_> {
         sink: &mut TensorSink,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<(TensorErrorSums, usize)> {
+        self.run(index, scale, true, &mut |done, bytes| {
+            done.iter().try_for_each(|piece| sink.write(&piece.bytes))?;
+            progress(bytes)
+        })
+    }
+
+    /// As [`Pieces::quantize`], but nothing is written.
+    pub fn error(
+        &self,
+        index: u32,
+        scale: TensorScale,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<(TensorErrorSums, usize)> {
+        self.run(index, scale, false, &mut |_, bytes| progress(bytes))
+    }
+
+    /// Quantizes batch after batch; `each` gets what was made, with its bytes if they are wanted, and how many were read.
+    fn run(
+        &self,
+        index: u32,
+        scale: TensorScale,
+        wants_bytes: bool,
+        each: &mut dyn FnMut(&[Done], usize) -> Result<()>,
+    ) -> Result<(TensorErrorSums, usize)> {
         // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
         let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
-        let job = Job { cols: self.cols(), format: self.format, scale, stream };
+        let job = Job { cols: self.cols(), format: self.format, scale, stream, wants_bytes };
         let quantize = match self.tensor.dtype {
             StoredDtype::BF16 => Job::quantize::<bf16>,
             StoredDtype::F16 => Job::quantize::<f16>,
@@ -79,13 +103,12 @@ impl Pieces<'_> {
             let rows = self.piece_rows();
             let done: Vec<Done> = pieces.map(|(i, piece)| quantize(&job, piece, first_row + i * rows)).collect();
             for piece in &done {
-                sink.write(&piece.bytes)?;
                 sums.merge(&piece.sums);
                 nonfinite_blocks += piece.nonfinite_blocks;
             }
             first_row += BATCH_PIECES * rows;
+            each(&done, batch.len())?;
             self.checkpoint.release(batch);
-            progress(batch.len())?;
         }
         Ok((sums, nonfinite_blocks))
     }
@@ -110,6 +133,7 @@ struct Job {
     format: Format,
     scale: TensorScale,
     stream: u32,
+    wants_bytes: bool,
 }
 
 struct Done {
@@ -130,7 +154,8 @@ impl Job {
         let mut y = x.clone();
         let task = Task { with_errors: true, ..Task::new(self.format, self.scale, Some(&draw)) };
         let (stats, sums) = task.run(&x, rows, self.cols, &mut y);
-        Done { bytes: T::bytes(&y), sums, nonfinite_blocks: stats.nonfinite_blocks }
+        let bytes = if self.wants_bytes { T::bytes(&y) } else { Vec::new() };
+        Done { bytes, sums, nonfinite_blocks: stats.nonfinite_blocks }
     }
 }
 
