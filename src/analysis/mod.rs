@@ -1,3 +1,4 @@
 //! Statistics of results.
 
+pub mod plot;
 pub mod statistics;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Global, common, prompt, scan_tables as tables};
+use super::{Global, common, prompt, scan_plots, scan_tables as tables};
 use crate::model::checkpoint::{Checkpoint, atomic_file, resolve_model_path};
 use crate::numerics::format::Format;
 use crate::run::signals::Interrupt;
@@ -53,6 +53,9 @@ pub struct Args {
     /// Write the JSON here too
     #[arg(long, value_name = "FILE")]
     pub out: Option<PathBuf>,
+    /// Write charts over layers into this directory, as SVG and PNG
+    #[arg(long, value_name = "DIR")]
+    pub plots: Option<PathBuf>,
     /// Write a layer_sigma_config here
     #[arg(long, value_name = "FILE", requires = "rule")]
     pub multipliers: Option<PathBuf>,
@@ -101,6 +104,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     }
     if let Some(file) = &args.out {
         write(file, &text)?;
+    }
+    if let Some(directory) = &args.plots {
+        scan_plots::write(&found, directory)?;
     }
     if global.json { super::print(value) } else { super::print(tables::text(&found)) }
 }

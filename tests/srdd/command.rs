@@ -160,3 +160,20 @@ fn nan_weights_are_counted() {
     );
     assert!(scan["mean"]["sqnr_db"].as_f64().unwrap() > 10.0);
 }
+
+#[test]
+fn charts_are_svg_and_png() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = directory(parent.path(), 3);
+    let plots = parent.path().join("plots");
+    json(&[text(&dir), "--weights", "--sensitivity", "--plots", text(&plots)]);
+    for name in ["weights_sqnr_db", "weights_relative_error", "weights_deadzone", "sensitivity_kl"] {
+        let svg = std::fs::read_to_string(plots.join(name).with_extension("svg")).unwrap();
+        assert!(svg.starts_with("<svg") && svg.contains("mxfp4") && svg.contains("nvfp4"), "{name}");
+        let png = std::fs::read(plots.join(name).with_extension("png")).unwrap();
+        // The signature, then the header's width and height.
+        assert!(png.starts_with(b"\x89PNG\r\n\x1a\n"), "{name}");
+        assert_eq!((&png[16..20], &png[20..24]), (&900u32.to_be_bytes()[..], &480u32.to_be_bytes()[..]));
+        assert!(png.len() > 8000, "{name}: {} bytes", png.len());
+    }
+}
