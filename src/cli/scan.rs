@@ -13,7 +13,7 @@ use crate::srdd::activations::{ActivationScan, scan_activations};
 use crate::srdd::changes::{Changes, changes};
 use crate::srdd::gaussian;
 use crate::srdd::multipliers::{self, Choice, Rule, Score, named};
-use crate::srdd::prompts::prompts;
+use crate::srdd::prompts::{Prompts, prompts};
 use crate::srdd::sensitivity::{Arm, Sensitivity, passes, scan_sensitivity};
 use crate::srdd::weights::{WeightScan, bytes_to_read, scan_weights};
 use crate::{Error, Result, bail_input};
@@ -80,6 +80,8 @@ pub struct Found {
     pub activations: Option<ActivationScan>,
     pub sensitivity: Vec<Sensitivity>,
     pub changes: Option<Changes>,
+    /// Where the prompts come from.
+    pub prompts: Option<String>,
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
@@ -156,7 +158,8 @@ fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&
     if needs_model {
         let loaded = prompt::load(&dir.to_string_lossy(), false, global)?;
         let (model, tokenizer) = (&loaded.model, loaded.tokenizer.as_ref());
-        let prompts = prompts(args.prompts.as_deref(), tokenizer, model)?;
+        let Prompts { ids: prompts, source } = prompts(args.prompts.as_deref(), tokenizer, model)?;
+        found.prompts = Some(source);
         if args.activations {
             let mut bar = console.progress("activations, prompts", prompts.len() as u64);
             let mut progress = || {
@@ -198,6 +201,7 @@ impl Found {
         if let Some(Value::Object(weights)) = self.weights.as_ref().map(|weights| json!(weights)) {
             all.extend(weights);
         }
+        all.extend(self.prompts.as_ref().map(|source| ("prompts".to_string(), json!(source))));
         all.extend(self.activations.as_ref().map(|scan| ("activations".to_string(), json!(scan))));
         all.extend(self.changes.as_ref().map(|changes| ("changes".to_string(), json!(changes))));
         if !self.sensitivity.is_empty() {

@@ -29,21 +29,27 @@ const BUILT_IN: [&str; 8] = [
 const RANDOM_TOKENS: usize = 48;
 const MOST_TOKENS: usize = 1024;
 
-/// Token ids of each prompt: of a file's lines, else the built-in texts; without a tokenizer lines are ids (`1,2,3`), and
-/// the built-in prompts are random ids, the same every time.
+pub struct Prompts {
+    /// Of each prompt.
+    pub ids: Vec<Vec<u32>>,
+    /// Where they come from.
+    pub source: String,
+}
+
+/// The prompts of a file's lines, else built-in texts. Without a tokenizer lines are ids (`1,2,3`); without one that knows the
+/// built-in texts (a made task's does not) these are random ids, the same every time.
 ///
 /// # Errors
 /// `Input` naming the file and line.
-pub fn prompts(file: Option<&Path>, tokenizer: Option<&Tokenizer>, model: &Qwen2) -> Result<Vec<Vec<u32>>> {
+pub fn prompts(file: Option<&Path>, tokenizer: Option<&Tokenizer>, model: &Qwen2) -> Result<Prompts> {
     let longest = model.config.max_position_embeddings.min(MOST_TOKENS);
     let Some(path) = file else {
-        let of_text = |text: &&str| tokenizer.map(|tokenizer| tokenizer.encode(text));
-        let encoded: Option<Vec<_>> = BUILT_IN.iter().map(of_text).collect();
-        let all = match encoded {
-            Some(encoded) => encoded.into_iter().collect::<Result<Vec<_>>>()?,
-            None => random_ids(model.config.vocab_size, BUILT_IN.len())?,
-        };
-        return Ok(all.into_iter().map(|ids| ids.into_iter().take(longest).collect()).collect());
+        let of_text = |text: &&str| tokenizer.and_then(|tokenizer| tokenizer.encode(text).ok());
+        let encoded: Option<Vec<Vec<u32>>> = BUILT_IN.iter().map(of_text).collect();
+        let source = if encoded.is_some() { "built-in texts" } else { "random ids" };
+        let all = encoded.map_or_else(|| random_ids(model.config.vocab_size, BUILT_IN.len()), Ok)?;
+        let ids = all.into_iter().map(|ids| ids.into_iter().take(longest).collect()).collect();
+        return Ok(Prompts { ids, source: source.to_string() });
     };
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
     let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
@@ -70,7 +76,7 @@ pub fn prompts(file: Option<&Path>, tokenizer: Option<&Tokenizer>, model: &Qwen2
     if all.is_empty() {
         bail_input!("{}: found no prompt, expected one a line", path.display());
     }
-    Ok(all)
+    Ok(Prompts { ids: all, source: path.display().to_string() })
 }
 
 fn random_ids(vocab_size: usize, count: usize) -> Result<Vec<Vec<u32>>> {

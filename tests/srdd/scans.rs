@@ -85,7 +85,7 @@ impl BlockObserver for Captured {
 #[test]
 fn activations_are_each_layers_output_and_sinks_can_be_left_out() {
     let model = model(3);
-    let mut ids = prompts(None, None, &model).unwrap();
+    let mut ids = prompts(None, None, &model).unwrap().ids;
     ids.truncate(2);
     // The embedding of one token is made a hundred times larger: a row that dominates.
     let sink = i64::from(ids[0][5]);
@@ -144,7 +144,7 @@ fn activations_are_each_layers_output_and_sinks_can_be_left_out() {
 #[test]
 fn sensitivity_is_zero_without_injection_and_a_window_of_all_layers_is_all() {
     let model = model(3);
-    let mut ids = prompts(None, None, &model).unwrap();
+    let mut ids = prompts(None, None, &model).unwrap().ids;
     ids.truncate(2);
     let scan = |arm, window| scan_sensitivity(&model, &ids, (arm, window), &mut || Ok(())).unwrap();
     let quantized = scan(Arm::Weights(Format::MXFP4), 1);
