@@ -23,6 +23,19 @@ pub fn console(global: &Global) -> Console {
     Console::new(Verbosity::from_flags(global.quiet, global.verbose))
 }
 
+/// A table without lines, for a terminal or a file.
+pub fn plain_table(header: &[&str]) -> comfy_table::Table {
+    let mut table = comfy_table::Table::new();
+    table.load_style(comfy_table::presets::NOTHING);
+    table.set_header(header.iter().copied());
+    table
+}
+
+/// Its text, without blanks at the ends of lines.
+pub fn lines(table: &comfy_table::Table) -> String {
+    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
 /// The device of `--device`, with libtorch and our own loops set to `threads` (None: all cores).
 pub fn device(global: &Global, threads: Option<usize>) -> Result<Device> {
     let device = device::parse(global.device.as_deref())?;

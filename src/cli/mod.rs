@@ -14,6 +14,7 @@ pub mod quantize;
 pub mod quickstart;
 mod results;
 pub mod scan;
+mod scan_faults;
 mod scan_plots;
 mod scan_tables;
 pub mod score;

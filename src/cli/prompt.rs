@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{Global, common};
 use crate::model::checkpoint::resolve_model_path;
-use crate::model::load::load_for_inference;
+use crate::model::load::{load_for_inference, random_preset};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::{Result, bail_input, input_error};
@@ -26,6 +26,12 @@ pub fn load(model: &str, needs_tokenizer: bool, global: &Global) -> Result<Loade
         false => None,
     };
     Ok(Loaded { model, tokenizer })
+}
+
+/// Random weights of a preset, without tokenizer.
+pub fn of_preset(name: &str, seed: u64, global: &Global) -> Result<Loaded> {
+    let device = common::device(global, None)?;
+    Ok(Loaded { model: random_preset(name, seed, device)?, tokenizer: None })
 }
 
 /// Ids of `--ids 1,2,3`, checked against the model's vocabulary.

@@ -5,12 +5,14 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{Global, common, prompt, scan_plots, scan_tables as tables};
+use super::{Global, common, prompt, scan_faults, scan_plots, scan_tables as tables};
 use crate::model::checkpoint::{Checkpoint, atomic_file, resolve_model_path};
 use crate::numerics::format::Format;
 use crate::run::signals::Interrupt;
 use crate::srdd::activations::{ActivationScan, scan_activations};
 use crate::srdd::changes::{Changes, changes};
+use crate::srdd::fault_table::FaultRow;
+use crate::srdd::faults::FaultScan;
 use crate::srdd::gaussian;
 use crate::srdd::multipliers::{self, Choice, Rule, Score, named};
 use crate::srdd::prompts::{Prompts, prompts};
@@ -21,13 +23,19 @@ use crate::{Error, Result, bail_input};
 #[derive(clap::Args)]
 pub struct Args {
     /// Model directory, hub id in the local cache, or (weights alone) a .safetensors file
-    #[arg(required_unless_present = "gaussian", conflicts_with = "gaussian")]
+    #[arg(required_unless_present_any = ["gaussian", "preset"], conflicts_with = "gaussian")]
     pub model: Option<String>,
     /// Instead of MODEL: the weights of 28 layers drawn from N(0, SIGMA^2), in bf16
     #[arg(long, value_name = "SIGMA", conflicts_with_all = ["activations", "sensitivity", "since"])]
     pub gaussian: Option<f32>,
-    /// Block formats, such as mxfp4,mxfp4:2d,nvfp4:sr
-    #[arg(long, short, default_value = "mxfp4,nvfp4")]
+    /// Instead of MODEL: random weights of these shapes, such as tiny-28x32
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "gaussian", "weights", "since"])]
+    pub preset: Option<String>,
+    /// Of --preset's weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Block formats, such as mxfp4,mxfp4:2d,nvfp4:sr (default: mxfp4,nvfp4)
+    #[arg(long, short)]
     pub format: Vec<String>,
     /// Every linear weight in every format (the default where nothing else is asked for)
     #[arg(long)]
@@ -38,8 +46,21 @@ pub struct Args {
     /// KL of the output when one layer alone has fake-quantized weights, or noisy products with --noise
     #[arg(long)]
     pub sensitivity: bool,
-    /// With --sensitivity: this relative error of every product, instead of quantized weights
-    #[arg(long, value_name = "SCALE", requires = "sensitivity")]
+    /// Layers whose arithmetic is faulty, of the model with quantized weights, or noisy products with --noise
+    #[arg(long)]
+    pub faults: bool,
+    /// With --faults: a fault to be found, KIND@LAYER[:SEVERITY][:sparse], such as clip@3:0.01; in exact arithmetic unless --noise
+    /// or --format is given
+    #[arg(long, value_name = "FAULT", requires = "faults")]
+    pub plant: Option<String>,
+    /// How well planted faults are found in this model
+    #[arg(long)]
+    pub fault_table: bool,
+    /// With --fault-table: how often each is planted at each layer
+    #[arg(long, default_value_t = 3)]
+    pub draws: u64,
+    /// With --sensitivity or --faults: this relative error of every product, instead of quantized weights
+    #[arg(long, value_name = "SCALE")]
     pub noise: Option<f64>,
     /// With --sensitivity: so many layers at a time
     #[arg(long, default_value_t = 1, value_name = "LAYERS")]
@@ -82,10 +103,27 @@ pub struct Found {
     pub changes: Option<Changes>,
     /// Where the prompts come from.
     pub prompts: Option<String>,
+    pub faults: Vec<FaultScan>,
+    pub fault_table: Vec<FaultRow>,
+}
+
+/// Asked between pieces of work.
+pub trait Stop {
+    fn check(&self) -> Result<()>;
+}
+
+impl Stop for Interrupt {
+    fn check(&self) -> Result<()> {
+        match self.requested() {
+            true => Err(Error::Interrupted("nothing was written".into())),
+            false => Ok(()),
+        }
+    }
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let formats = formats(&args.format)?;
+    let default = ["mxfp4,nvfp4".to_string()];
+    let formats = formats(if args.format.is_empty() { &default } else { &args.format })?;
     let wanted = multipliers_wanted(args)?;
     if args.window == 0 {
         bail_input!("--window: found 0, expected at least 1");
@@ -115,6 +153,14 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
 
 /// Its name and its place; made weights go to `made`.
 fn model(args: &Args, made: &Path) -> Result<(String, PathBuf)> {
+    if let Some(preset) = &args.preset {
+        if !(args.activations || args.sensitivity || args.faults || args.fault_table) {
+            bail_input!(
+                "--preset: found no scan of a model, expected --activations, --sensitivity, --faults or --fault-table"
+            );
+        }
+        return Ok((format!("{preset}, seed {}", args.seed), PathBuf::new()));
+    }
     match (&args.model, args.gaussian) {
         (Some(model), _) => Ok((model.clone(), resolve_model_path(model)?)),
         (None, Some(sigma)) if sigma.is_finite() && sigma > 0.0 => {
@@ -133,12 +179,9 @@ fn write(file: &Path, text: &str) -> Result<()> {
 fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&Path>)) -> Result<Found> {
     let (dir, before) = dirs;
     let (console, interrupt) = (common::console(global), Interrupt::install()?);
-    let go_on = || match interrupt.requested() {
-        true => Err(Error::Interrupted("nothing was written".into())),
-        false => Ok(()),
-    };
+    let go_on = || interrupt.check();
     let mut found = Found::default();
-    let needs_model = args.activations || args.sensitivity;
+    let needs_model = args.activations || args.sensitivity || args.faults || args.fault_table;
     if args.weights || !(needs_model || before.is_some()) {
         let checkpoint = Checkpoint::open(dir)?;
         let mut bar = console.progress("weights, MiB", bytes_to_read(&checkpoint, formats.len()) >> 20);
@@ -156,8 +199,22 @@ fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&
         found.changes = Some(changes(&Checkpoint::open(before)?, &Checkpoint::open(dir)?, &mut |_| go_on())?);
     }
     if needs_model {
-        let loaded = prompt::load(&dir.to_string_lossy(), false, global)?;
+        let loaded = match &args.preset {
+            Some(preset) => prompt::of_preset(preset, args.seed, global)?,
+            None => prompt::load(&dir.to_string_lossy(), false, global)?,
+        };
         let (model, tokenizer) = (&loaded.model, loaded.tokenizer.as_ref());
+        if args.faults || args.fault_table {
+            // Text has too few different tokens; statistics of channels want many.
+            let known = tokenizer.filter(|_| args.prompts.is_some());
+            let ids = prompts(args.prompts.as_deref(), known, model)?.ids;
+            if args.faults {
+                found.faults = scan_faults::faults(args, model, formats, &ids, &interrupt, &console)?;
+            }
+            if args.fault_table {
+                found.fault_table = scan_faults::table_of_faults(args, model, &ids, &interrupt, &console)?;
+            }
+        }
         let Prompts { ids: prompts, source } = prompts(args.prompts.as_deref(), tokenizer, model)?;
         found.prompts = Some(source);
         if args.activations {
@@ -204,6 +261,12 @@ impl Found {
         all.extend(self.prompts.as_ref().map(|source| ("prompts".to_string(), json!(source))));
         all.extend(self.activations.as_ref().map(|scan| ("activations".to_string(), json!(scan))));
         all.extend(self.changes.as_ref().map(|changes| ("changes".to_string(), json!(changes))));
+        if !self.faults.is_empty() {
+            all.insert("faults".to_string(), json!(self.faults));
+        }
+        if !self.fault_table.is_empty() {
+            all.insert("fault_table".to_string(), json!(self.fault_table));
+        }
         if !self.sensitivity.is_empty() {
             all.insert("sensitivity".to_string(), json!(self.sensitivity));
         }

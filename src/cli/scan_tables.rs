@@ -1,8 +1,8 @@
 //! What `temper scan` prints: a table a part.
 
-use comfy_table::{Table, presets};
-
+use super::common::{lines, plain_table as table};
 use super::scan::Found;
+use super::scan_faults;
 use crate::numerics::tensor_error::TensorError;
 use crate::srdd::summary::FormatSummary;
 
@@ -50,6 +50,10 @@ pub fn text(found: &Found) -> String {
         table.add_row(row("all".into(), arm.all_layers.kl, arm.all_layers.top1_changed_ratio));
         parts.push(format!("output, {} in these layers alone\n{}", arm.arm, lines(&table)));
     }
+    parts.extend(found.faults.iter().map(scan_faults::text));
+    if !found.fault_table.is_empty() {
+        parts.push(scan_faults::table_text(&found.fault_table));
+    }
     if let Some(changes) = &found.changes {
         let mut table = table(&["layer", "|after - before| / |before|", "elements changed"]);
         let inside = changes.layers.iter().map(|layer| (layer.layer.to_string(), layer.change));
@@ -90,15 +94,4 @@ fn won(wins: &std::collections::BTreeMap<&'static str, std::collections::BTreeMa
         table.add_row(std::iter::once((*metric).to_string()).chain(of_formats.values().map(usize::to_string)));
     }
     Some(lines(&table))
-}
-
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(header.iter().copied());
-    table
-}
-
-fn lines(table: &Table) -> String {
-    table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
 }

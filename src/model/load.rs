@@ -63,6 +63,11 @@ pub fn random_model(config: Qwen2Config, seed: u64, std: f32, device: Device, ki
     })
 }
 
+/// Random f32 weights of a preset's shapes.
+pub fn random_preset(name: &str, seed: u64, device: Device) -> Result<Qwen2> {
+    random_model(Qwen2Config::preset(name)?, seed, INITIALIZER_RANGE, device, Kind::Float)
+}
+
 /// The model that a `model:` section names, and the directory it came from (None: random weights of a preset).
 pub fn model_of_section(section: &ModelSection, seed: u64, device: Device) -> Result<(Qwen2, Option<PathBuf>)> {
     let kind = kind_of(section.dtype);

@@ -137,8 +137,7 @@ impl Qwen2 {
         {
             quantize_weights(self, injector)?;
         }
-        let embedding_anchor = self.embed_tokens.anchor();
-        let mut x = embedding(ids, self.embed_tokens.value(), embedding_anchor, pass.differentiable)?;
+        let mut x = self.embedded(ids, pass)?;
         let rotary = Rotary::new(&self.config, positions)?;
         for layer in 0..self.blocks.len() {
             let y = self.block(layer, &x, &rotary, attend, pass)?;
@@ -148,6 +147,11 @@ impl Qwen2 {
             x = y;
         }
         Ok(x)
+    }
+
+    /// What the first block reads: [tokens, hidden].
+    pub fn embedded(&self, ids: &Tensor, pass: &Pass) -> Result<Tensor> {
+        embedding(ids, self.embed_tokens.value(), self.embed_tokens.anchor(), pass.differentiable)
     }
 
     /// The residual stream x [tokens, hidden] after block `layer`.

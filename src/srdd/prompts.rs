@@ -4,12 +4,12 @@ use std::path::Path;
 
 use tch::Tensor;
 
-use crate::model::attention::{Attend, PaddedLayout};
-use crate::model::pass::{Pass, PromptUid, Sequence, ids_tensor};
+use crate::model::attention::{Attend, PaddedLayout, Rotary};
+use crate::model::pass::{Pass, ids_tensor};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::generator::uniform_f32;
-use crate::numerics::noise_key::{Phase, Purpose, VALIDATION_STEP, row_key, stream};
+use crate::numerics::noise_key::{Phase, Purpose, VALIDATION_STEP, row_key, stream, token_key};
 use crate::ops::matmul_error::RowKeys;
 use crate::{Error, Result, bail_input, input_error};
 
@@ -26,7 +26,7 @@ const BUILT_IN: [&str; 8] = [
 ];
 
 /// Tokens of a prompt without tokenizer.
-const RANDOM_TOKENS: usize = 48;
+const RANDOM_TOKENS: usize = 64;
 const MOST_TOKENS: usize = 1024;
 
 pub struct Prompts {
@@ -92,22 +92,35 @@ fn random_ids(vocab_size: usize, count: usize) -> Result<Vec<Vec<u32>>> {
 pub struct Laid {
     pub ids: Tensor,       // i64 [tokens]
     pub positions: Tensor, // i64 [tokens]
-    pub keys: RowKeys,     // [tokens]
+    number: u32,
     layout: PaddedLayout,
+    pub rotary: Rotary,
 }
 
 impl Laid {
     /// `number`: which of the prompts it is, part of its noise's keys.
     pub fn new(ids: &[u32], number: usize, model: &Qwen2) -> Result<Laid> {
-        let uid = PromptUid { step: VALIDATION_STEP, dataset_index: number as u32 };
-        let sequence = Sequence { uid, member: 0, ids: ids.to_vec(), prompt_len: ids.len() };
         let positions: Vec<i64> = (0..ids.len() as i64).collect();
+        let positions = Tensor::f_from_slice(&positions)?.f_to_device(model.device())?;
         Ok(Laid {
             ids: ids_tensor(ids, model.device())?,
-            positions: Tensor::f_from_slice(&positions)?.f_to_device(model.device())?,
-            keys: RowKeys::new(sequence.keys()?),
+            rotary: Rotary::new(&model.config, &positions)?,
+            positions,
+            number: number as u32,
             layout: PaddedLayout::new(&[ids.len()], model.device())?,
         })
+    }
+
+    /// The tokens' keys [tokens] in execution `run`: each has noise of its own.
+    pub fn keys(&self, run: u32) -> Result<RowKeys> {
+        let positions = 0..self.ids.size()[0] as u32;
+        let keys = positions.map(|position| token_key(VALIDATION_STEP, self.number, run, position));
+        Ok(RowKeys::new(keys.collect::<Result<_>>()?))
+    }
+
+    /// A number of this prompt's execution `run`, another one for every prompt.
+    pub fn execution(&self, run: u32) -> u32 {
+        self.number << 8 | run
     }
 
     pub fn attend(&self) -> Attend<'_> {
@@ -116,13 +129,13 @@ impl Laid {
 
     /// The residual stream [tokens, hidden] after the last block; `pass.keys` is ignored.
     pub fn residual(&self, model: &Qwen2, pass: &Pass) -> Result<Tensor> {
-        model.residual(&self.ids, &self.positions, &self.attend(), &pass.with_keys(self.keys.clone()))
+        model.residual(&self.ids, &self.positions, &self.attend(), &pass.with_keys(self.keys(0)?))
     }
 
     /// f32 log-probabilities [tokens, vocab] of the next token.
     pub fn logprobs(&self, model: &Qwen2, pass: &Pass) -> Result<Tensor> {
         let residual = self.residual(model, pass)?;
-        let pass = pass.with_keys(self.keys.clone());
+        let pass = pass.with_keys(self.keys(0)?);
         let hidden = model.norm.forward(&residual, &pass)?;
         let logits = model.head.logits(model.head_weight(), &hidden, &pass)?;
         Ok(logits.f_log_softmax(-1, tch::Kind::Float)?)

@@ -109,6 +109,15 @@ pub fn scan_sensitivity(
     Ok(Sensitivity { arm: arm.name(), window, layers: of_layers, all_layers })
 }
 
+/// The plan of an arm in all layers.
+///
+/// # Errors
+/// As the injection plan's.
+pub fn injecting_all(modules: &[ModuleSpec], arm: Arm) -> Result<InjectionPlan> {
+    let layers = modules.iter().filter_map(|module| module.layer).max().map_or(0, |last| last + 1);
+    plan(modules, arm, LayerSet::All, layers)
+}
+
 /// How many forward passes [`scan_sensitivity`] makes.
 pub fn passes(layers: usize, window: usize, prompts: usize) -> usize {
     prompts * (layers.saturating_sub(window) + 3)

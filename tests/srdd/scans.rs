@@ -4,7 +4,6 @@ use std::cell::RefCell;
 
 use tch::{Kind, Tensor};
 use temper::Result;
-use temper::model::attention::Rotary;
 use temper::model::checkpoint::Checkpoint;
 use temper::model::pass::{BlockObserver, Pass};
 use temper::numerics::block_format;
@@ -106,9 +105,8 @@ fn activations_are_each_layers_output_and_sinks_can_be_left_out() {
         });
         // A block alone, from its captured input, gives its output.
         let (x, y) = &blocks[blocks.len() - 2];
-        let rotary = Rotary::new(&model.config, &laid.positions).unwrap();
-        let pass = Pass::clean(laid.keys.clone());
-        let again = model.block(1, x, &rotary, &laid.attend(), &pass).unwrap();
+        let pass = Pass::clean(laid.keys(0).unwrap());
+        let again = model.block(1, x, &laid.rotary, &laid.attend(), &pass).unwrap();
         assert_eq!(f64::try_from((again - y).abs().max()).unwrap(), 0.0);
     }
     let captured = captured.0.into_inner();
