@@ -5,6 +5,7 @@
 //! share a tensor amax, as they do in training (numerics.md section 2, fused siblings); every other tensor has its
 //! own. Rows stream through in pieces (pieces.rs): memory does not grow with the tensor.
 
+pub mod pack;
 mod pieces;
 
 use std::collections::BTreeMap;
@@ -15,7 +16,7 @@ use super::{Checkpoint, StoredDtype, TensorSink, TensorSpec, is_readable_float};
 use crate::inject::plan::FUSED_PROJECTIONS;
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::format::Format;
-use crate::numerics::tensor_error::TensorError;
+use crate::numerics::tensor_error::{TensorError, TensorErrorSums};
 use crate::{Result, bail_input};
 use pieces::Pieces;
 
@@ -35,6 +36,20 @@ pub struct QuantizedTensor {
     pub nonfinite_blocks: usize,
 }
 
+/// Tensors to be written, quantized on the way.
+pub trait TensorSource {
+    fn specs(&self) -> &[TensorSpec];
+
+    /// Writes tensor `index`; what was done, or `None` where it is a copy or a part that another index reports.
+    /// `progress` gets the bytes of each piece of the input read; its error ends the work.
+    fn fill(
+        &self,
+        index: usize,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>>;
+}
+
 /// A checkpoint seen through a format: gives the bytes of every tensor, quantized where it should be.
 pub struct Quantizer<'a> {
     checkpoint: &'a Checkpoint,
@@ -50,6 +65,13 @@ impl<'a> Quantizer<'a> {
     /// A tensor to be quantized that is stored in a dtype other than F32, BF16 and F16, or (2-D tiles) whose matrices are
     /// no whole tiles high where there are several.
     pub fn new(checkpoint: &'a Checkpoint, format: Format, excluded: &[&str]) -> Result<Quantizer<'a>> {
+        if let Some(layout) = checkpoint.packed_layout() {
+            bail_input!(
+                "{}: found packed weights ({layout}), expected weights that are not quantized: quantizing them once more \
+                 only adds error",
+                checkpoint.path().display()
+            );
+        }
         let mut names: Vec<&str> = checkpoint.names().collect();
         names.sort_by_key(|name| natural_key(name));
         let (mut specs, mut quantized) = (Vec::new(), Vec::new());
@@ -88,35 +110,31 @@ impl<'a> Quantizer<'a> {
         self.quantized.iter().filter(|q| **q).count()
     }
 
-    /// Writes tensor `index`; what was done, or `None` for a copy. `progress` gets the bytes of each piece read; its
-    /// error ends the work.
-    pub fn fill(
-        &self,
-        index: usize,
-        sink: &mut TensorSink,
-        progress: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Option<QuantizedTensor>> {
-        let spec = &self.specs[index];
-        let tensor = self.checkpoint.tensor(&spec.name)?;
-        let pieces = Pieces { checkpoint: self.checkpoint, tensor, format: self.format };
-        if !self.quantized[index] {
-            pieces.copy(sink, progress)?;
-            return Ok(None);
-        }
-        let scale = match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
+    fn pieces(&self, index: usize) -> Result<Pieces<'_>> {
+        let tensor = self.checkpoint.tensor(&self.specs[index].name)?;
+        Ok(Pieces { checkpoint: self.checkpoint, tensor, format: self.format })
+    }
+
+    /// Where tensor `index` takes its tensor scale from: its group's amax, its own, or none.
+    fn tensor_scale(&self, index: usize) -> Result<TensorScale> {
+        let shared = fused_group(&self.specs[index].name).and_then(|group| self.shared_amax.get(&group));
+        Ok(match shared {
             Some(&amax) => TensorScale::Amax(amax),
-            None if self.format.has_tensor_scale() => TensorScale::Amax(pieces.amax()?),
+            None if self.format.has_tensor_scale() => TensorScale::Amax(self.pieces(index)?.amax()?),
             None => TensorScale::Tensor,
-        };
-        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, scale, sink, progress)?;
-        Ok(Some(QuantizedTensor {
+        })
+    }
+
+    fn found(&self, index: usize, sums: &TensorErrorSums, nonfinite_blocks: usize) -> QuantizedTensor {
+        let spec = &self.specs[index];
+        QuantizedTensor {
             name: spec.name.clone(),
             format: self.format,
             dtype: spec.dtype.to_string(),
             shape: spec.shape.clone(),
             error: sums.finish(),
             nonfinite_blocks,
-        }))
+        }
     }
 
     fn find_shared_amax(&mut self) -> Result<()> {
@@ -130,6 +148,27 @@ impl<'a> Quantizer<'a> {
             *shared = shared.max(amax);
         }
         Ok(())
+    }
+}
+
+impl TensorSource for Quantizer<'_> {
+    fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    fn fill(
+        &self,
+        index: usize,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>> {
+        let pieces = self.pieces(index)?;
+        if !self.quantized[index] {
+            pieces.copy(sink, progress)?;
+            return Ok(None);
+        }
+        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, self.tensor_scale(index)?, sink, progress)?;
+        Ok(Some(self.found(index, &sums, nonfinite_blocks)))
     }
 }
 

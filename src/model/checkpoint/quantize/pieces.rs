@@ -17,7 +17,7 @@ use crate::{Result, bail_input};
 /// Elements of a piece, which one thread works on (at least one row of blocks).
 const PIECE_ELEMENTS: usize = 1 << 18;
 /// Pieces in memory at a time.
-const BATCH_PIECES: usize = 32;
+pub(super) const BATCH_PIECES: usize = 32;
 /// Bytes of a piece of a tensor that is only copied.
 const COPY_BYTES: usize = 8 << 20;
 
@@ -56,6 +56,12 @@ impl Pieces<'_> {
         Ok(largest)
     }
 
+    /// The draw of this tensor's stochastic rounding: seed 0 and update 0, so that the same file is quantized the same
+    /// way whenever it is, each tensor its own way.
+    pub fn stream(index: u32) -> Result<u32> {
+        stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)
+    }
+
     /// Writes the quantized tensor; the sums of its error, and how many blocks held NaN or infinity.
     pub fn quantize(
         &self,
@@ -64,9 +70,7 @@ impl Pieces<'_> {
         sink: &mut TensorSink,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<(TensorErrorSums, usize)> {
-        // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
-        let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
-        let job = Job { cols: self.cols(), format: self.format, scale, stream };
+        let job = Job { cols: self.cols(), format: self.format, scale, stream: Pieces::stream(index)? };
         let quantize = match self.tensor.dtype {
             StoredDtype::BF16 => Job::quantize::<bf16>,
             StoredDtype::F16 => Job::quantize::<f16>,
@@ -90,16 +94,16 @@ impl Pieces<'_> {
         Ok((sums, nonfinite_blocks))
     }
 
-    fn cols(&self) -> usize {
+    pub fn cols(&self) -> usize {
         self.tensor.shape.last().copied().unwrap_or(1)
     }
 
-    fn piece_rows(&self) -> usize {
+    pub fn piece_rows(&self) -> usize {
         let rows = (PIECE_ELEMENTS / self.cols()).max(1);
         rows.next_multiple_of(self.format.block_rows())
     }
 
-    fn piece_bytes(&self) -> usize {
+    pub fn piece_bytes(&self) -> usize {
         self.piece_rows() * self.cols() * self.tensor.dtype.bitsize() / 8
     }
 }
@@ -122,15 +126,20 @@ impl Job {
     fn quantize<T: Stored>(&self, piece: &[u8], first_row: usize) -> Done {
         let x = T::read(piece);
         let rows = x.len() / self.cols;
-        let keys: Vec<u64> = match self.format.rounding.is_stochastic() {
-            true => (first_row..first_row + rows).map(|row| row_key(0, row as u32)).collect(),
-            false => Vec::new(),
-        };
+        let keys = draw_keys(self.format, first_row, rows);
         let draw = RoundingDraw { seed: 0, stream: self.stream, row_keys: &keys };
         let mut y = x.clone();
         let task = Task { with_errors: true, ..Task::new(self.format, self.scale, Some(&draw)) };
         let (stats, sums) = task.run(&x, rows, self.cols, &mut y);
         Done { bytes: T::bytes(&y), sums, nonfinite_blocks: stats.nonfinite_blocks }
+    }
+}
+
+/// The keys of the rows' draws; none where the format draws nothing.
+pub(super) fn draw_keys(format: Format, first_row: usize, rows: usize) -> Vec<u64> {
+    match format.rounding.is_stochastic() {
+        true => (first_row..first_row + rows).map(|row| row_key(0, row as u32)).collect(),
+        false => Vec::new(),
     }
 }
 
