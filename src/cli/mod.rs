@@ -16,6 +16,7 @@ mod results;
 pub mod score;
 pub mod selftest;
 pub mod train;
+pub mod validate;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -65,6 +66,8 @@ enum Command {
     Score(score::Args),
     /// Quantize a model directory or a .safetensors file
     Quantize(quantize::Args),
+    /// Which rule made a packed checkpoint from a model's weights
+    Validate(validate::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
     /// Times of the operations beside baselines taken in the same run
@@ -123,6 +126,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
+        Command::Validate(args) => validate::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),

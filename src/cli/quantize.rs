@@ -90,7 +90,7 @@ fn packer_of<'a>(quantizer: &'a Quantizer<'a>, input: &Path, args: &Args) -> Res
 }
 
 /// Opens IN; the configuration of a model directory must be sound and agree with the weights.
-fn open(input: &Path) -> Result<Checkpoint> {
+pub(super) fn open(input: &Path) -> Result<Checkpoint> {
     if !input.is_dir() {
         return Checkpoint::open(input);
     }

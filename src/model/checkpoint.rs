@@ -10,6 +10,7 @@
 mod packed;
 pub mod quantize;
 mod resolve;
+pub mod validate;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -5,6 +5,7 @@
 mod broken_files;
 mod model_config;
 mod model_weights;
+mod packed;
 mod quantize;
 mod questions;
 mod tokenizers;

@@ -110,6 +110,16 @@ impl<'a> Quantizer<'a> {
         self.quantized.iter().filter(|q| **q).count()
     }
 
+    /// What quantizing tensor `index` would do, writing nothing; `None` where it would be copied.
+    pub fn measure(&self, index: usize) -> Result<Option<QuantizedTensor>> {
+        if !self.quantized[index] {
+            return Ok(None);
+        }
+        let scale = self.tensor_scale(index)?;
+        let (sums, nonfinite_blocks) = self.pieces(index)?.quantize(index as u32, scale, None, &mut |_| Ok(()))?;
+        Ok(Some(self.found(index, &sums, nonfinite_blocks)))
+    }
+
     fn pieces(&self, index: usize) -> Result<Pieces<'_>> {
         let tensor = self.checkpoint.tensor(&self.specs[index].name)?;
         Ok(Pieces { checkpoint: self.checkpoint, tensor, format: self.format })
@@ -167,7 +177,8 @@ impl TensorSource for Quantizer<'_> {
             pieces.copy(sink, progress)?;
             return Ok(None);
         }
-        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, self.tensor_scale(index)?, sink, progress)?;
+        let (sums, nonfinite_blocks) =
+            pieces.quantize(index as u32, self.tensor_scale(index)?, Some(sink), progress)?;
         Ok(Some(self.found(index, &sums, nonfinite_blocks)))
     }
 }
@@ -193,7 +204,7 @@ pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
 }
 
 /// `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.self_attn.q_proj`: the group's first sibling.
-fn fused_group(name: &str) -> Option<String> {
+pub(super) fn fused_group(name: &str) -> Option<String> {
     let module = name.strip_suffix(".weight")?;
     let (parent, projection) = module.rsplit_once('.')?;
     let group = FUSED_PROJECTIONS.iter().find(|group| group.contains(&projection))?;
@@ -206,6 +217,6 @@ fn is_floating(dtype: StoredDtype) -> bool {
 }
 
 /// Sorts numbers in a name as numbers.
-fn natural_key(name: &str) -> Vec<(u64, String)> {
+pub(super) fn natural_key(name: &str) -> Vec<(u64, String)> {
     name.split('.').map(|part| part.parse().map_or((u64::MAX, part.to_string()), |n| (n, String::new()))).collect()
 }

@@ -62,12 +62,12 @@ impl Pieces<'_> {
         stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)
     }
 
-    /// Writes the quantized tensor; the sums of its error, and how many blocks held NaN or infinity.
+    /// Writes the quantized tensor, where there is a place for it; the sums of its error, and how many blocks held NaN or infinity.
     pub fn quantize(
         &self,
         index: u32,
         scale: TensorScale,
-        sink: &mut TensorSink,
+        mut sink: Option<&mut TensorSink>,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<(TensorErrorSums, usize)> {
         let job = Job { cols: self.cols(), format: self.format, scale, stream: Pieces::stream(index)? };
@@ -83,7 +83,9 @@ impl Pieces<'_> {
             let rows = self.piece_rows();
             let done: Vec<Done> = pieces.map(|(i, piece)| quantize(&job, piece, first_row + i * rows)).collect();
             for piece in &done {
-                sink.write(&piece.bytes)?;
+                if let Some(sink) = &mut sink {
+                    sink.write(&piece.bytes)?;
+                }
                 sums.merge(&piece.sums);
                 nonfinite_blocks += piece.nonfinite_blocks;
             }
