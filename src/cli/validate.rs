@@ -1,5 +1,5 @@
-//! `temper validate MODEL REFERENCE`: which rule made a packed checkpoint from MODEL's weights, and how far ours is from it;
-//! `--original`: the original system's comparison of formats over MODEL's linears.
+//! `temper validate MODEL REFERENCE`: which rule made a packed checkpoint from MODEL's weights, and how far ours is from
+//! it; `--original`: the original system's comparison of formats over MODEL's linears.
 //!
 //! Exit code 0 where a rule reproduces every code and scale (and for `--original` alone), 1 where none does, which
 //! includes a reference that is not packed at all: nothing was validated.

@@ -2,12 +2,13 @@
 """Checkpoints that compressed-tensors packs, and what it reads from packed checkpoints (tests/oracle/packed.rs compares).
 
     python pack.py make OUT                   (needs: torch, transformers >= 5, safetensors, compressed-tensors)
-    python pack.py read DIR OUT.safetensors
+    python pack.py read DIR OUT.safetensors [DIR OUT.safetensors]...
 
-`make` writes OUT/<dtype> (random weights, with whole zero blocks and an outlier) and, packed by the library's own
-compressor with its own scales, OUT/<dtype>.<scheme>; q/k/v and gate/up share the smallest weight_global_scale, as
-llm-compressor sets them. `read` writes every weight that the library's decompressor gives, as it gives it, and where
-transformers loads and runs the directory, `logprobs` of IDS and the weights that it holds after its forward pass.
+`make` writes OUT/<dtype> (random weights, with zero blocks and an outlier) and, packed by the library's own compressor
+with its own scales, OUT/<dtype>.<scheme>; q/k/v and gate/up share the smallest weight_global_scale, as llm-compressor
+sets them. `read` writes every weight as the library's decompressor gives it, and under `f32.` as its dequantize gives it
+in f32; then the directory is loaded by transformers and run, in bfloat16 since that is what the decompressor makes of every weight: `logprobs` of IDS, and under
+`transformers.` the weights that the model holds after its forward pass.
 """
 import json
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 
 import torch
 from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
 from compressed_tensors.quantization import (
     QuantizationConfig,
     QuantizationScheme,
     apply_quantization_config,
     preset_name_to_scheme,
 )
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils.helpers import calculate_qparams, generate_gparam
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -93,17 +96,18 @@ def read(directory, target):
         parts = {p: stored[f"{name}_{p}"] for p in ("packed", "scale", "global_scale") if f"{name}_{p}" in stored}
         state = compressor.decompress({f"weight_{p}": tensor for p, tensor in parts.items()}, scheme)
         out[name] = state["weight"].contiguous()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory).eval()
-        ids = torch.tensor([IDS])
-        with torch.no_grad():
-            logits = model(ids).logits[0, :-1].float()
-        out["logprobs"] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].contiguous()
-        held = dict(model.named_parameters())
-        out |= {f"transformers.{n}": held[n].detach().contiguous() for n in list(out) if n in held}
-        print("transformers loads and runs it")
-    except RuntimeError as error:
-        print(f"transformers: {str(error).splitlines()[0]}")
+        values = unpack_fp4_from_uint8(parts["packed"], *state["weight"].shape, dtype=torch.float32)
+        scale = compressor._decompress_scale(parts["scale"], torch.float32)
+        exact = dequantize(values, scale, args=scheme.weights, global_scale=parts.get("global_scale"), dtype=torch.float32)
+        out[f"f32.{name}"] = exact.contiguous()
+    # In float32 the library itself fails in its first product: its decompressed weights are bfloat16.
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].float()
+    held = dict(model.named_parameters())
+    out |= {f"transformers.{name}": held[name].detach().contiguous() for name in list(out) if name in held}
+    out["logprobs"] = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].contiguous()
     save_file(out, target)
 
 
@@ -111,4 +115,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]))
     else:
-        read(Path(sys.argv[2]), sys.argv[3])
+        for directory, target in zip(sys.argv[2::2], sys.argv[3::2]):
+            read(Path(directory), target)

@@ -19,7 +19,7 @@ use crate::model::config::quantization::PackedLayout;
 use crate::numerics::format::Format;
 use crate::numerics::packed::{StoredScale, dequantize, pack_codes};
 use crate::numerics::tensor_error::TensorErrorSums;
-use crate::ops::cpu::fake_quant::tensor_amax;
+use crate::ops::cpu::fake_quant::{error_sums, tensor_amax};
 use crate::{Result, bail_input};
 use rules::Rule;
 
@@ -204,7 +204,7 @@ fn compare_tensor(name: &str, model: &Checkpoint, view: &PackedView, amax: [f32;
     let x = model.tensor_f32(name)?;
     let rules = Rule::of(view.kind, model.tensor(name)?.dtype);
     let outcomes = rules.into_iter().map(|rule| compare_rule(rule, &x, view, amax)).collect();
-    let sums = TensorErrorSums::of(&x, &view.values(), 0);
+    let sums = error_sums(&x, &view.values());
     model.release(model.tensor(name)?.data);
     Ok(ComparedTensor {
         name: name.to_string(),
@@ -248,7 +248,7 @@ fn compare_rule(rule: Rule, x: &[f32], view: &PackedView, [shared, own]: [f32; 2
             let halves = |a: &u8, b: &u8| ((a ^ b) & 15 != 0) as usize + ((a ^ b) >> 4 != 0) as usize;
             let codes_differing = packed.iter().zip(stored_codes).map(|(a, b)| halves(a, b)).sum();
             let scales_differing = scales.iter().zip(stored_scales).filter(|(a, b)| a != b).count();
-            (codes_differing, scales_differing, TensorErrorSums::of(x, &values, 0))
+            (codes_differing, scales_differing, error_sums(x, &values))
         })
         .collect();
     let mut sums = TensorErrorSums::default();

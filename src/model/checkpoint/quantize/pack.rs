@@ -19,6 +19,7 @@ use crate::numerics::block_format::{self, RoundingDraw, TensorScale};
 use crate::numerics::block_scale::{tensor_encode_scale, tensor_scale};
 use crate::numerics::packed::{PackedKind, StoredScale, dequantize, pack_codes};
 use crate::numerics::tensor_error::TensorErrorSums;
+use crate::ops::cpu::fake_quant::error_sums;
 use crate::{Error, Result, bail_input, input_error};
 
 /// The quantizer's tensors in their packed form.
@@ -244,7 +245,7 @@ impl Job {
         Ok(Done {
             codes,
             block_scales: quantized.block_scales,
-            sums: TensorErrorSums::of(&x, &y, quantized.saturated as u64),
+            sums: TensorErrorSums { saturated: quantized.saturated as u64, ..error_sums(&x, &y) },
             nonfinite_blocks: quantized.nonfinite_blocks,
         })
     }

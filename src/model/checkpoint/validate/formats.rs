@@ -11,8 +11,11 @@ use crate::numerics::tensor_error::TensorError;
 
 pub const FORMATS: [Format; 3] = [Format::NVFP4, Format::MXFP4, Format::NVFP4_SINGLE_LEVEL];
 
-/// The metrics that the original's table has; `true` where more is better.
-const METRICS: [(&str, bool, fn(&TensorError) -> f64); 7] = [
+/// Its name, whether more is better, and where it stands.
+type Metric = (&'static str, bool, fn(&TensorError) -> f64);
+
+/// The metrics that the original's table has.
+const METRICS: [Metric; 7] = [
     ("sqnr_db", true, |e| e.sqnr_db),
     ("mse", false, |e| e.mse),
     ("rmse", false, |e| e.rmse),
@@ -60,16 +63,11 @@ pub fn format_table(model: &Checkpoint, progress: &mut dyn FnMut(&str) -> Result
         }
         formats.push(FormatResult { format, mean: mean_error(&tensors), tensors });
     }
-    let metrics = METRICS.iter().map(|&(metric, more, of)| winner(&formats, metric, more, of)).collect();
+    let metrics = METRICS.iter().map(|&metric| winner(&formats, metric)).collect();
     Ok(FormatTable { formats, metrics })
 }
 
-fn winner(
-    formats: &[FormatResult],
-    metric: &'static str,
-    more_is_better: bool,
-    of: fn(&TensorError) -> f64,
-) -> MetricWinner {
+fn winner(formats: &[FormatResult], (metric, more_is_better, of): Metric) -> MetricWinner {
     let linears = formats.first().map_or(0, |format| format.tensors.len());
     let mut wins = vec![0; formats.len()];
     for linear in 0..linears {
