@@ -10,6 +10,7 @@ pub mod element;
 pub mod error_law;
 pub mod format;
 pub mod generator;
+pub mod model_opt;
 pub mod noise_key;
 pub mod original;
 pub mod packed;

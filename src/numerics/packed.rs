@@ -67,6 +67,34 @@ impl StoredScale {
     }
 }
 
+impl StoredScale {
+    /// G; 1 where there is none.
+    pub fn encode_scale(self) -> f32 {
+        match self {
+            StoredScale::PowerOfTwo => 1.0,
+            StoredScale::OverEncode(encode_scale) => encode_scale,
+            StoredScale::TimesDecode(decode_scale) => 1.0 / decode_scale,
+        }
+    }
+
+    /// D = 1/G; 1 where there is none.
+    pub fn decode_scale(self) -> f32 {
+        match self {
+            StoredScale::TimesDecode(decode_scale) => decode_scale,
+            other => 1.0 / other.encode_scale(),
+        }
+    }
+
+    /// Whether both name the same tensor scale, each as it is stored.
+    pub fn agrees(self, stored: StoredScale) -> bool {
+        match stored {
+            StoredScale::PowerOfTwo => true,
+            StoredScale::OverEncode(stored) => stored == self.encode_scale(),
+            StoredScale::TimesDecode(stored) => stored == self.decode_scale(),
+        }
+    }
+}
+
 /// Two codes a byte, the first in the low half. `codes` holds an even number.
 pub fn pack_codes(codes: &[u8]) -> Vec<u8> {
     codes.as_chunks::<2>().0.iter().map(|[low, high]| (low & 15) | high << 4).collect()

@@ -9,7 +9,7 @@ use temper::model::checkpoint::{Checkpoint, StoredDtype, TensorBytes, TensorSpec
 use temper::numerics::packed::PackedKind;
 
 use crate::packed::pack;
-use crate::{refusal_of, stdout_of, temper, text, tiny_model};
+use crate::{golden, refusal_of, stdout_of, temper, text, tiny_model};
 
 /// The report of a comparison, and the exit code.
 fn validate(model: &Path, reference: &Path) -> (Value, i32) {
@@ -196,6 +196,28 @@ fn the_originals_table_names_winners() {
 #[test]
 fn the_rules_of_a_dtype_include_its_own() {
     let names = |dtype| Rule::of(PackedKind::Nvfp4, dtype).iter().map(|rule| rule.name()).collect::<Vec<_>>();
-    assert_eq!(names(StoredDtype::F32), ["te", "compressed_tensors"]);
-    assert_eq!(names(StoredDtype::BF16), ["te", "compressed_tensors", "compressed_tensors_bf16"]);
+    assert_eq!(names(StoredDtype::F32), ["te", "compressed_tensors", "modelopt"]);
+    assert_eq!(names(StoredDtype::BF16), ["te", "compressed_tensors", "compressed_tensors_bf16", "modelopt"]);
+}
+
+/// Codes, scales and values of nvidia-modelopt itself, with zero blocks, an outlier and blocks that it lifts to 2^-9.
+#[test]
+fn model_opts_rule_is_its_library() {
+    use temper::numerics::model_opt;
+    use temper::numerics::packed::{StoredScale, dequantize, pack_codes};
+    let golden: Value = serde_json::from_slice(&std::fs::read(golden("modelopt_nvfp4.json")).unwrap()).unwrap();
+    let bits = |key: &str| -> Vec<u32> { serde_json::from_value(golden[key].clone()).unwrap() };
+    let bytes = |key: &str| -> Vec<u8> { serde_json::from_value(golden[key].clone()).unwrap() };
+    let x: Vec<f32> = bits("x").into_iter().map(f32::from_bits).collect();
+    let amax = x.iter().fold(0.0, |a: f32, v| a.max(v.abs()));
+    let decode_scale = model_opt::tensor_decode_scale(amax);
+    assert_eq!(u64::from(decode_scale.to_bits()), golden["weight_scale_2"].as_u64().unwrap());
+    let (codes, scales) = model_opt::quantize(&x, decode_scale);
+    assert_eq!(scales, bytes("weight_scale"));
+    assert_eq!(pack_codes(&codes), bytes("weight"));
+    let mut values = vec![0.0; x.len()];
+    dequantize(&pack_codes(&codes), &scales, StoredScale::TimesDecode(decode_scale), 16, &mut values);
+    // The library has one zero.
+    let expected: Vec<f32> = bits("dequantized").into_iter().map(f32::from_bits).collect();
+    assert_eq!(values, expected);
 }

@@ -215,19 +215,12 @@ fn compare_tensor(name: &str, model: &Checkpoint, view: &PackedView, amax: [f32;
 }
 
 fn compare_rule(rule: Rule, x: &[f32], view: &PackedView, [shared, own]: [f32; 2]) -> RuleOutcome {
-    let of_amax = |amax: f32| (rule.tensor_encode_scale(amax), amax);
-    let stored_equals = |(encode_scale, amax): (f32, f32)| match view.scale {
-        StoredScale::PowerOfTwo => true,
-        StoredScale::OverEncode(stored) => stored == encode_scale,
-        // ModelOpt divides A by 2688; others invert G.
-        StoredScale::TimesDecode(stored) => stored == 1.0 / encode_scale || stored == amax / 2688.0,
-    };
-    let (encode_scale, tensor_scale) = match view.scale {
-        StoredScale::PowerOfTwo => (1.0, TensorScaleOutcome::None),
-        _ if stored_equals(of_amax(shared)) => (of_amax(shared).0, TensorScaleOutcome::Equal),
-        _ if stored_equals(of_amax(own)) => (of_amax(own).0, TensorScaleOutcome::EqualUnshared),
-        StoredScale::OverEncode(stored) => (stored, TensorScaleOutcome::Differs),
-        StoredScale::TimesDecode(stored) => (1.0 / stored, TensorScaleOutcome::Differs),
+    let (shared, own) = (rule.tensor_scale(shared), rule.tensor_scale(own));
+    let (scale, tensor_scale) = match view.scale {
+        StoredScale::PowerOfTwo => (view.scale, TensorScaleOutcome::None),
+        stored if shared.agrees(stored) => (shared, TensorScaleOutcome::Equal),
+        stored if own.agrees(stored) => (own, TensorScaleOutcome::EqualUnshared),
+        stored => (stored, TensorScaleOutcome::Differs),
     };
     let block = view.kind.block_size();
     // Whole blocks: rows are whole blocks, one after the other.
@@ -237,13 +230,9 @@ fn compare_rule(rule: Rule, x: &[f32], view: &PackedView, [shared, own]: [f32; 2
         .par_chunks(piece)
         .zip(stored)
         .map(|(x, (stored_codes, stored_scales))| {
-            let (codes, scales) = rule.quantize(x, encode_scale);
+            let (codes, scales) = rule.quantize(x, scale);
             let packed = pack_codes(&codes);
             let mut values = vec![0.0; x.len()];
-            let scale = match view.scale {
-                StoredScale::PowerOfTwo => StoredScale::PowerOfTwo,
-                _ => StoredScale::OverEncode(encode_scale),
-            };
             dequantize(&packed, &scales, scale, block, &mut values);
             let halves = |a: &u8, b: &u8| ((a ^ b) & 15 != 0) as usize + ((a ^ b) >> 4 != 0) as usize;
             let codes_differing = packed.iter().zip(stored_codes).map(|(a, b)| halves(a, b)).sum();

@@ -3,9 +3,9 @@
 use super::StoredDtype;
 use crate::numerics::block_scale::{block_scales, nonfinite_byte, tensor_encode_scale};
 use crate::numerics::compressed_tensors::{self, ScaleDtype};
-use crate::numerics::e2m1;
 use crate::numerics::format::{Family, Format, MxScaleRule};
-use crate::numerics::packed::PackedKind;
+use crate::numerics::packed::{PackedKind, StoredScale};
+use crate::numerics::{e2m1, model_opt};
 
 /// How block scales and codes follow from the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,6 +14,8 @@ pub enum Rule {
     TransformerEngine,
     /// compressed-tensors' NVFP4, its scales computed in this dtype.
     CompressedTensors(ScaleDtype),
+    /// ModelOpt's NVFP4.
+    ModelOpt,
     /// MXFP4 under a rule for the exponent; compressed-tensors' is `even`.
     Mxfp4(MxScaleRule),
 }
@@ -32,7 +34,7 @@ impl Rule {
                     _ => None,
                 };
                 let in_dtypes = [ScaleDtype::F32].into_iter().chain(own).map(Rule::CompressedTensors);
-                [Rule::TransformerEngine].into_iter().chain(in_dtypes).collect()
+                [Rule::TransformerEngine].into_iter().chain(in_dtypes).chain([Rule::ModelOpt]).collect()
             }
         }
     }
@@ -43,25 +45,31 @@ impl Rule {
             Rule::CompressedTensors(ScaleDtype::F32) => "compressed_tensors",
             Rule::CompressedTensors(ScaleDtype::Bf16) => "compressed_tensors_bf16",
             Rule::CompressedTensors(ScaleDtype::F16) => "compressed_tensors_f16",
+            Rule::ModelOpt => "modelopt",
             Rule::Mxfp4(MxScaleRule::Floor) => "floor",
             Rule::Mxfp4(MxScaleRule::Even) => "even",
             Rule::Mxfp4(MxScaleRule::Rceil) => "rceil",
         }
     }
 
-    /// G from the tensor amax; 1 in MXFP4, which has none.
-    pub fn tensor_encode_scale(self, amax: f32) -> f32 {
+    /// What the rule stores of the tensor amax.
+    pub fn tensor_scale(self, amax: f32) -> StoredScale {
         match self {
-            Rule::TransformerEngine => tensor_encode_scale(amax),
-            Rule::CompressedTensors(dtype) => compressed_tensors::tensor_encode_scale(amax, dtype),
-            Rule::Mxfp4(_) => 1.0,
+            Rule::TransformerEngine => StoredScale::OverEncode(tensor_encode_scale(amax)),
+            Rule::CompressedTensors(dtype) => {
+                StoredScale::OverEncode(compressed_tensors::tensor_encode_scale(amax, dtype))
+            }
+            Rule::ModelOpt => StoredScale::TimesDecode(model_opt::tensor_decode_scale(amax)),
+            Rule::Mxfp4(_) => StoredScale::PowerOfTwo,
         }
     }
 
     /// Codes [n], one a byte, and scale bytes of the blocks in x [n].
-    pub fn quantize(self, x: &[f32], encode_scale: f32) -> (Vec<u8>, Vec<u8>) {
+    pub fn quantize(self, x: &[f32], scale: StoredScale) -> (Vec<u8>, Vec<u8>) {
+        let encode_scale = scale.encode_scale();
         let (format, block) = match self {
             Rule::CompressedTensors(dtype) => return compressed_tensors::quantize(x, encode_scale, dtype),
+            Rule::ModelOpt => return model_opt::quantize(x, scale.decode_scale()),
             Rule::TransformerEngine => (Format::NVFP4, 16),
             Rule::Mxfp4(rule) => (Format { family: Family::Mxfp4 { rule }, ..Format::MXFP4 }, 32),
         };
@@ -95,7 +103,7 @@ mod tests {
         for (rule, format) in [(Rule::TransformerEngine, "nvfp4"), (Rule::Mxfp4(MxScaleRule::Even), "mxfp4:even")] {
             let format: Format = format.parse().unwrap_or(Format::NVFP4);
             let expected = fake_quant_scaled(&x, 4, 128, format, TensorScale::Amax(0.7));
-            let (codes, scales) = rule.quantize(&x, rule.tensor_encode_scale(0.7));
+            let (codes, scales) = rule.quantize(&x, rule.tensor_scale(0.7));
             assert_eq!((codes, scales), (expected.codes, expected.block_scales), "{format}");
         }
     }
