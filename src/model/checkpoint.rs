@@ -150,7 +150,9 @@ impl Checkpoint {
             name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight")
         };
         let known = |name: &str| expected.contains_key(name) || unused(name) || self.is_packed_part(name);
-        match self.names().find(|name| !known(name)) {
+        // A packed weight that is no parameter: its parts are known, it is not.
+        let mut packed = self.packed_names().filter(|name| !expected.contains_key(*name) && !unused(name));
+        match self.names().find(|name| !known(name)).or(packed.next()) {
             Some(name) => bail_input!(
                 "{}: tensor {name}: unexpected, the configuration has no such parameter",
                 self.file_of(name).display()

@@ -130,6 +130,11 @@ fn packed_tensors_that_are_incomplete_or_of_another_kind() {
     }
     let extra = |name: &str| (format!("{Q}.{name}"), StoredDtype::U8, vec![1], vec![0]);
     broken(&|t| t.push(extra("weight_zero_point")), &format!("tensor {Q}.weight_zero_point: unexpected"));
+    let other_layer = |t: &mut Vec<Stored>| {
+        let parts: Vec<Stored> = [codes, scales, scale].map(|i| sound[i].clone()).to_vec();
+        t.extend(parts.into_iter().map(|part| (part.0.replace("layers.0", "layers.7"), part.1, part.2, part.3)));
+    };
+    broken(&other_layer, "tensor model.layers.7.self_attn.q_proj.weight: unexpected");
     // Half of the rows: sound in itself, not what config.json says.
     let halve = |t: &mut Vec<Stored>| {
         for i in [codes, scales] {

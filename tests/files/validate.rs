@@ -9,7 +9,7 @@ use temper::model::checkpoint::{Checkpoint, StoredDtype, TensorBytes, TensorSpec
 use temper::numerics::packed::PackedKind;
 
 use crate::packed::pack;
-use crate::{golden, refusal_of, stdout_of, temper, text, tiny_model};
+use crate::{golden, refusal_of, shared, stdout_of, temper, text, tiny_model};
 
 /// The report of a comparison, and the exit code.
 fn validate(model: &Path, reference: &Path) -> (Value, i32) {
@@ -220,4 +220,23 @@ fn model_opts_rule_is_its_library() {
     // The library has one zero.
     let expected: Vec<f32> = bits("dequantized").into_iter().map(f32::from_bits).collect();
     assert_eq!(values, expected);
+}
+
+/// The shared vectors of compressed-tensors, fed the tensor in its own dtype: G, scale bytes and packed codes.
+#[test]
+fn compressed_tensors_rule_is_its_library() {
+    use temper::numerics::compressed_tensors::{ScaleDtype, quantize, tensor_encode_scale};
+    use temper::numerics::packed::pack_codes;
+    let Some(vectors) = shared("vectors") else { return };
+    for case in ["gauss_s0", "student3", "zeros"] {
+        for (name, dtype) in [("f32", ScaleDtype::F32), ("bf16", ScaleDtype::Bf16)] {
+            let reference = Checkpoint::open(&vectors.join(format!("{case}.{name}.safetensors"))).unwrap();
+            let x = reference.tensor_f32("x").unwrap();
+            let encode_scale = tensor_encode_scale(x.iter().fold(0.0, |a: f32, v| a.max(v.abs())), dtype);
+            let (codes, scales) = quantize(&x, encode_scale, dtype);
+            assert_eq!(reference.tensor_f32("ct.nvfp4.g").unwrap(), [encode_scale], "{case}.{name}");
+            assert_eq!(reference.tensor("ct.nvfp4.scales").unwrap().data, scales, "{case}.{name}");
+            assert_eq!(reference.tensor("ct.nvfp4.codes").unwrap().data, pack_codes(&codes), "{case}.{name}");
+        }
+    }
 }

@@ -115,7 +115,9 @@ impl Checkpoint {
         let mut weights = BTreeMap::new();
         for stored in self.names().map(str::to_string).collect::<Vec<_>>() {
             let name = match layout.naming {
-                Naming::CompressedTensors => stored.strip_suffix("_packed").map(str::to_string),
+                Naming::CompressedTensors => {
+                    stored.strip_suffix("_packed").filter(|name| name.ends_with(".weight")).map(str::to_string)
+                }
                 Naming::ModelOpt => {
                     let codes = stored.ends_with(".weight") && self.tensor(&stored)?.dtype == StoredDtype::U8;
                     codes.then(|| stored.clone())
