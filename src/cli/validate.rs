@@ -147,13 +147,18 @@ fn comparison_text(found: &Reference) -> String {
             format!("{:.3}", tensor.reference_sqnr_db),
         ]);
     }
-    let mut rules = table(&["rule", "tensors reproduced", "codes differ", "scales differ", "mean SQNR dB"]);
+    let mut rules =
+        table(&["rule", "tensors reproduced", "codes differ", "scales differ", "tensor scales", "mean SQNR dB"]);
     for summary in comparison.summaries() {
         rules.add_row([
             summary.rule.to_string(),
             format!("{} of {}", summary.tensors_reproduced, comparison.tensors.len()),
             percent(summary.codes_differing_ratio),
             percent(summary.scales_differing_ratio),
+            match summary.tensor_scales_differing {
+                0 => "equal".to_string(),
+                differing => format!("{differing} differ"),
+            },
             format!("{:.3}", summary.mean_sqnr_db),
         ]);
     }
