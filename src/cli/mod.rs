@@ -20,6 +20,7 @@ mod scan_tables;
 pub mod score;
 pub mod selftest;
 pub mod train;
+pub mod validate;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -70,7 +71,9 @@ enum Command {
     /// Quantize a model directory or a .safetensors file
     Quantize(quantize::Args),
     /// Where in a model, and how much, formats and hardware errors hurt; multipliers of AQN from it
-    Scan(scan::Args),
+    Scan(Box<scan::Args>),
+    /// Which rule made a packed checkpoint from a model's weights
+    Validate(validate::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
     /// Times of the operations beside baselines taken in the same run
@@ -133,6 +136,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
         Command::Scan(args) => scan::run(args, &cli.global),
+        Command::Validate(args) => validate::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),

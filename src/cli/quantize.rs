@@ -1,18 +1,21 @@
-//! `temper quantize IN OUT --format F`: a copy of a model (or of one .safetensors file) with fake-quantized
-//! weights, and how far each tensor moved.
+//! `temper quantize IN OUT --format F [--pack [--activations]]`: a copy of a model (or of one .safetensors file) with
+//! fake-quantized weights, or with codes and scales as vLLM loads them, and how far each tensor moved.
 
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{Global, common};
-use crate::model::checkpoint::quantize::{DEFAULT_EXCLUDED, QuantizedTensor, Quantizer, mean_error};
+use crate::model::calibration;
+use crate::model::checkpoint::quantize::pack::Packer;
+use crate::model::checkpoint::quantize::{DEFAULT_EXCLUDED, QuantizedTensor, Quantizer, TensorSource, mean_error};
 use crate::model::checkpoint::{
-    Checkpoint, MAX_SHARD_BYTES, TensorSink, TensorSpec, atomic_directory, resolve_model_path, write_safetensors_with,
-    write_weights,
+    Checkpoint, MAX_SHARD_BYTES, TensorSink, TensorSpec, atomic_directory, resolve_model_path,
+    write_quantization_config, write_safetensors_with, write_weights,
 };
-use crate::model::config::Qwen2Config;
+use crate::model::config::{Qwen2Config, quantization};
 use crate::numerics::format::Format;
+use crate::numerics::packed::PackedKind;
 use crate::numerics::tensor_error::TensorError;
 use crate::run::console::Progress;
 use crate::run::signals::Interrupt;
@@ -32,31 +35,62 @@ pub struct Args {
     /// Packed codes and scales in the compressed-tensors layout
     #[arg(long)]
     pack: bool,
+    /// Packed for quantized activations too (W4A4); nvfp4 stores the scales that training calibrated
+    #[arg(long, requires = "pack")]
+    activations: bool,
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    if args.pack {
-        bail_input!("--pack: not available yet; without it the quantized values are written in the stored dtype");
-    }
     let format: Format = args.format.parse()?;
     let input = resolve_model_path(&args.input)?;
     check_output(&input, &args.output)?;
     let checkpoint = open(&input)?;
     let quantizer = Quantizer::new(&checkpoint, format, &DEFAULT_EXCLUDED)?;
-    let mut report = if input.is_dir() {
-        quantize_directory(&quantizer, &input, &args.output, global)?
+    let (packer, config);
+    let (source, config): (&dyn TensorSource, Option<&Value>) = if args.pack {
+        packer = packer_of(&quantizer, &input, args)?;
+        config = quantization::to_json(packer.kind, args.activations);
+        (&packer, Some(&config))
     } else {
-        let mut pass = Pass::new(&quantizer, global)?;
-        write_safetensors_with(&args.output, &quantizer.specs, |index, sink| pass.fill(index, sink))?;
-        pass.finish()
+        (&quantizer, None)
     };
+    let mut pass = Pass::new(source, &quantizer, global)?;
+    if input.is_dir() {
+        quantize_directory(&mut pass, &input, &args.output, config)?;
+    } else {
+        write_safetensors_with(&args.output, source.specs(), |index, sink| pass.fill(index, sink))?;
+    }
+    let mut report = pass.finish();
     let order = |t: &QuantizedTensor| quantizer.specs.iter().position(|spec| spec.name == t.name);
     report.sort_by_key(order);
-    print_report(&report, &quantizer, format, global)
+    print_report(&report, &quantizer, args.pack, format, global)
+}
+
+/// The packer; with `--activations` in nvfp4 it stores the scales of the calibration that lies in the model directory.
+fn packer_of<'a>(quantizer: &'a Quantizer<'a>, input: &Path, args: &Args) -> Result<Packer<'a>> {
+    let plain = Packer::new(quantizer, None)?;
+    if !args.activations {
+        return Ok(plain);
+    }
+    if !input.is_dir() {
+        bail_input!("--activations: found a file ({}), expected a model directory", input.display());
+    }
+    if plain.kind == PackedKind::Mxfp4 {
+        return Ok(plain); // whoever runs the model finds the scales of its activations, block by block
+    }
+    let path = input.join(calibration::FILE);
+    if !path.exists() {
+        bail_input!(
+            "{}: no such file, expected the calibrated activation scales that nvfp4 activations need; a run with \
+             fake_quant.activation_scale: static writes them into its checkpoints",
+            path.display()
+        );
+    }
+    Packer::new(quantizer, Some(&calibration::read_all(input)?)).map_err(|e| e.at(path.display()))
 }
 
 /// Opens IN; the configuration of a model directory must be sound and agree with the weights.
-fn open(input: &Path) -> Result<Checkpoint> {
+pub(super) fn open(input: &Path) -> Result<Checkpoint> {
     if !input.is_dir() {
         return Checkpoint::open(input);
     }
@@ -90,18 +124,15 @@ fn check_output(input: &Path, output: &Path) -> Result<()> {
     }
 }
 
-fn quantize_directory(
-    quantizer: &Quantizer,
-    input: &Path,
-    output: &Path,
-    global: &Global,
-) -> Result<Vec<QuantizedTensor>> {
-    let mut pass = Pass::new(quantizer, global)?;
+fn quantize_directory(pass: &mut Pass, input: &Path, output: &Path, config: Option<&Value>) -> Result<()> {
+    let source = pass.source;
     atomic_directory(output, |temporary| {
         copy_other_files(input, temporary)?;
-        write_weights(temporary, &quantizer.specs, MAX_SHARD_BYTES, |index, sink| pass.fill(index, sink))
-    })?;
-    Ok(pass.finish())
+        if let Some(config) = config {
+            write_quantization_config(temporary, config)?;
+        }
+        write_weights(temporary, source.specs(), MAX_SHARD_BYTES, |index, sink| pass.fill(index, sink))
+    })
 }
 
 /// Everything at the top of a model directory but weights and hidden files: configuration, tokenizer, licence.
@@ -121,7 +152,7 @@ fn copy_other_files(input: &Path, output: &Path) -> Result<()> {
 
 /// One pass over the tensors with its progress and what it found. A signal ends it; nothing is left behind.
 struct Pass<'a> {
-    quantizer: &'a Quantizer<'a>,
+    source: &'a dyn TensorSource,
     bar: Progress,
     bytes_done: u64,
     interrupt: Interrupt,
@@ -129,15 +160,15 @@ struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn new(quantizer: &'a Quantizer<'a>, global: &Global) -> Result<Pass<'a>> {
+    fn new(source: &'a dyn TensorSource, quantizer: &Quantizer, global: &Global) -> Result<Pass<'a>> {
         let total_bytes: u64 = quantizer.specs.iter().map(TensorSpec::bytes).sum();
         let bar = common::console(global).progress("quantize, MiB", total_bytes >> 20);
-        Ok(Pass { quantizer, bar, bytes_done: 0, interrupt: Interrupt::install()?, report: Vec::new() })
+        Ok(Pass { source, bar, bytes_done: 0, interrupt: Interrupt::install()?, report: Vec::new() })
     }
 
     fn fill(&mut self, index: usize, sink: &mut TensorSink) -> Result<()> {
-        self.bar.set_message(self.quantizer.specs[index].name.clone());
-        let found = self.quantizer.fill(index, sink, &mut |bytes| {
+        self.bar.set_message(self.source.specs()[index].name.clone());
+        let found = self.source.fill(index, sink, &mut |bytes| {
             let before = self.bytes_done >> 20;
             self.bytes_done += bytes as u64;
             self.bar.inc((self.bytes_done >> 20) - before);
@@ -156,7 +187,13 @@ impl<'a> Pass<'a> {
     }
 }
 
-fn print_report(report: &[QuantizedTensor], quantizer: &Quantizer, format: Format, global: &Global) -> Result<()> {
+fn print_report(
+    report: &[QuantizedTensor],
+    quantizer: &Quantizer,
+    packed: bool,
+    format: Format,
+    global: &Global,
+) -> Result<()> {
     let mean = mean_error(report);
     let nonfinite: usize = report.iter().map(|t| t.nonfinite_blocks).sum();
     let copied = quantizer.specs.len() - report.len();
@@ -169,6 +206,7 @@ fn print_report(report: &[QuantizedTensor], quantizer: &Quantizer, format: Forma
     let text = if global.json {
         let value = json!({
             "format": format,
+            "packed": packed,
             "tensors": report,
             "mean": mean,
             "copied_tensors": copied,
@@ -177,7 +215,8 @@ fn print_report(report: &[QuantizedTensor], quantizer: &Quantizer, format: Forma
         value.to_string()
     } else {
         let quantized = report.len();
-        format!("{}\n{quantized} tensors quantized to {format}, {copied} copied", table(report, &mean))
+        let done = if packed { "packed as" } else { "quantized to" };
+        format!("{}\n{quantized} tensors {done} {format}, {copied} copied", table(report, &mean))
     };
     super::print(text)
 }

@@ -89,20 +89,28 @@ pub fn read(dir: &Path, plan: &InjectionPlan) -> Result<Option<BTreeMap<u32, f32
     if !path.exists() {
         return Ok(None);
     }
-    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
-    let by_name: BTreeMap<String, f64> =
-        serde_json::from_slice(&bytes).map_err(|e| input_error!("{}: {e}", path.display()))?;
+    let by_name = read_all(dir)?;
     let needed = plan.modules.iter().filter(|module| plan.needs_activation_amax(module));
     let amax = needed.map(|module| match by_name.get(&module.name) {
-        Some(&amax) if amax >= 0.0 && amax <= f64::from(f32::MAX) => Ok((module.index, amax as f32)),
-        Some(amax) => {
-            Err(input_error!("{}: {}: found {amax}, expected an f32, 0 or more", path.display(), module.name))
-        }
+        Some(&amax) => Ok((module.index, amax)),
         None => {
             Err(input_error!("{}: module {} is missing, whose input is to be quantized", path.display(), module.name))
         }
     });
     amax.collect::<Result<_>>().map(Some)
+}
+
+/// Every A in the model directory `dir`, by module name.
+pub fn read_all(dir: &Path) -> Result<BTreeMap<String, f32>> {
+    let path = dir.join(FILE);
+    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let by_name: BTreeMap<String, f64> =
+        serde_json::from_slice(&bytes).map_err(|e| input_error!("{}: {e}", path.display()))?;
+    let checked = by_name.into_iter().map(|(name, amax)| match amax >= 0.0 && amax <= f64::from(f32::MAX) {
+        true => Ok((name, amax as f32)),
+        false => Err(input_error!("{}: {name}: found {amax}, expected an f32, 0 or more", path.display())),
+    });
+    checked.collect()
 }
 
 fn needs_any(plan: &InjectionPlan) -> bool {

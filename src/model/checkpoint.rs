@@ -3,12 +3,14 @@
 //! A file is `u64 header length | JSON header | data`; the header gives every tensor's dtype, shape and byte
 //! range. Everything that can be wrong with it is found when it is opened, so that reading a tensor later is
 //! a slice of the map. Writing (write.rs) is atomic and deterministic; names of the hub resolve to the local
-//! cache (resolve.rs); quantize.rs replaces weights by their fake-quantized values.
+//! cache (resolve.rs); quantize.rs replaces weights by their fake-quantized values; packed.rs reads 4-bit weights.
 
 #![allow(unsafe_code)] // the memory map
 
+mod packed;
 pub mod quantize;
 mod resolve;
+pub mod validate;
 mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,10 +26,12 @@ use serde_json::Value;
 use super::config::{Qwen2Config, read_json};
 use crate::{Error, Result, bail_input, input_error};
 
+pub use packed::PackedView;
+use packed::PackedWeights;
 pub use resolve::resolve_model_path;
 pub use write::{
     MAX_SHARD_BYTES, TensorBytes, TensorSink, TensorSpec, atomic_directory, atomic_file, copy_tokenizer_files,
-    write_model_dir, write_safetensors, write_safetensors_with, write_weights,
+    write_model_dir, write_quantization_config, write_safetensors, write_safetensors_with, write_weights,
 };
 
 const SINGLE: &str = "model.safetensors";
@@ -37,6 +41,7 @@ const INDEX: &str = "model.safetensors.index.json";
 pub struct Checkpoint {
     files: Vec<MappedFile>,
     tensors: BTreeMap<String, Location>,
+    packed: Option<PackedWeights>,
 }
 
 /// One tensor as stored: little-endian, row-major.
@@ -74,16 +79,18 @@ impl Checkpoint {
             bail_input!("{}: no such file or directory", path.display());
         }
         let (single, index) = (path.join(SINGLE), path.join(INDEX));
-        if single.exists() {
-            Checkpoint::of_files(&[single])
+        let mut checkpoint = if single.exists() {
+            Checkpoint::of_files(&[single])?
         } else if index.exists() {
-            Checkpoint::of_index(path, &index)
+            Checkpoint::of_index(path, &index)?
         } else {
             bail_input!("{}: found no weights, expected {SINGLE} or {INDEX}", path.display())
-        }
+        };
+        checkpoint.find_packed(path)?;
+        Ok(checkpoint)
     }
 
-    /// Names in alphabetical order.
+    /// Names of the stored tensors in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
@@ -130,7 +137,7 @@ impl Checkpoint {
         self.tensors.get(name).map_or(self.path(), |at| &self.files[at.file].path)
     }
 
-    /// Checks that exactly the parameters of `config` are there, with their shapes, in f32, bf16 or f16.
+    /// Checks that exactly the parameters of `config` are there, with their shapes, in f32, bf16 or f16, or packed.
     ///
     /// An `lm_head.weight` beside a tied embedding is accepted (and unused), as are the `inv_freq` buffers
     /// that old exports carry.
@@ -142,7 +149,10 @@ impl Checkpoint {
         let unused = |name: &str| {
             name.ends_with("rotary_emb.inv_freq") || (config.tie_word_embeddings && name == "lm_head.weight")
         };
-        match self.names().find(|name| !expected.contains_key(*name) && !unused(name)) {
+        let known = |name: &str| expected.contains_key(name) || unused(name) || self.is_packed_part(name);
+        // A packed weight that is no parameter: its parts are known, it is not.
+        let mut packed = self.packed_names().filter(|name| !expected.contains_key(*name) && !unused(name));
+        match self.names().find(|name| !known(name)).or(packed.next()) {
             Some(name) => bail_input!(
                 "{}: tensor {name}: unexpected, the configuration has no such parameter",
                 self.file_of(name).display()
@@ -152,7 +162,7 @@ impl Checkpoint {
     }
 
     fn check_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let tensor = self.tensor(name)?;
+        let tensor = self.parameter_spec(name)?;
         let file = self.file_of(name).display();
         if tensor.shape != shape {
             bail_input!("{file}: tensor {name}: found {:?}, expected {shape:?}", tensor.shape);
@@ -169,7 +179,7 @@ impl Checkpoint {
     }
 
     fn of_files(paths: &[PathBuf]) -> Result<Checkpoint> {
-        let mut checkpoint = Checkpoint { files: vec![], tensors: BTreeMap::new() };
+        let mut checkpoint = Checkpoint { files: vec![], tensors: BTreeMap::new(), packed: None };
         for path in paths {
             checkpoint.add_file(path)?;
         }

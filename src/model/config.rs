@@ -2,10 +2,11 @@
 //!
 //! Old form (transformers 4): `rope_theta` and `torch_dtype` at the top level. New form (transformers 5):
 //! `rope_parameters: {rope_theta, rope_type}` and `dtype`. What the model code does not compute (sliding
-//! windows, scaled RoPE, other activations, packed weights) is refused here, so that no run starts on a
+//! windows, scaled RoPE, other activations, weights packed in other ways) is refused here, so that no run starts on a
 //! model that would silently be another one.
 
 mod keys;
+pub mod quantization;
 
 use std::path::Path;
 
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 use keys::Keys;
 pub(crate) use keys::read_json;
+use quantization::PackedLayout;
 
 use crate::inject::plan::{ModuleSpec, qwen2_modules};
 use crate::model::section::Dtype;
@@ -308,11 +310,8 @@ fn refuse_unsupported(keys: &Keys) -> Result<()> {
             bail_input!("layer_types: found {types}, expected only \"full_attention\"");
         }
     }
-    if let Some(packed) = keys.get("quantization_config") {
-        let method = packed.get("quant_method").and_then(Value::as_str).unwrap_or("unknown");
-        bail_input!(
-            "quantization_config: found packed weights ({method}), expected a checkpoint in float32, bfloat16 or float16"
-        );
+    if let Some(packed) = keys.get(quantization::KEY) {
+        PackedLayout::from_json(packed).map_err(|e| e.at(quantization::KEY))?;
     }
     Ok(())
 }

@@ -19,13 +19,13 @@ pub fn kind_of(dtype: Dtype) -> Kind {
     }
 }
 
-/// Loads a model directory. `kind` None: the dtype that config.json names.
+/// Loads a model directory; packed weights are dequantized. `kind` None: the dtype that config.json names.
 pub fn load_model(dir: &Path, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
     let config = Qwen2Config::from_dir(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     checkpoint.check(&config)?;
     let kind = kind.unwrap_or(kind_of(config.dtype));
-    Qwen2::build(config, device, kind, |name, _| tensor_of(&checkpoint.tensor(name)?))
+    Qwen2::build(config, device, kind, |name, _| tensor_of(&checkpoint.parameter(name)?.view()))
 }
 
 /// As [`load_model`], for looking at a model rather than training it: f32 on a CPU, where bf16 products only cost

@@ -46,7 +46,7 @@ pub fn scan_weights(
     let mut found = Vec::new();
     for index in 0..tensors {
         for quantizer in &quantizers {
-            found.extend(quantizer.error(index, progress)?);
+            found.extend(quantizer.measure(index, progress)?);
         }
     }
     if found.is_empty() {

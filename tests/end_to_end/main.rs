@@ -5,6 +5,7 @@ mod activation_scales;
 mod bad_input;
 mod bench;
 mod outputs;
+mod packed;
 mod registry_minis;
 mod resume;
 mod signals;

@@ -5,9 +5,12 @@
 mod broken_files;
 mod model_config;
 mod model_weights;
+mod packed;
+mod packed_input;
 mod quantize;
 mod questions;
 mod tokenizers;
+mod validate;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -56,7 +56,11 @@ fn what_the_model_does_not_compute_is_refused() {
         ),
         ("rope_parameters", json!({"rope_type": "default"}), "rope_theta: missing"),
         ("rope_scaling", json!({"type": "linear", "factor": 2.0}), "rope_scaling.rope_type: found \"linear\""),
-        ("quantization_config", json!({"quant_method": "gptq"}), "quantization_config: found packed weights (gptq)"),
+        (
+            "quantization_config",
+            json!({"quant_method": "gptq"}),
+            "quantization_config: quant_method: found \"gptq\", expected",
+        ),
         ("dtype", json!("float8"), "dtype: found \"float8\", expected float32, bfloat16 or float16"),
         ("hidden_size", Value::Null, "hidden_size: missing, expected a positive integer"),
         ("hidden_size", json!("64"), "hidden_size: found \"64\", expected a positive integer"),

@@ -109,6 +109,21 @@ fn what_changed_since_an_earlier_checkpoint() {
 }
 
 #[test]
+fn a_planted_fault_is_reported_and_a_preset_will_do() {
+    let parent = tempfile::tempdir().unwrap();
+    let dir = directory(parent.path(), 3);
+    let scan = json(&[text(&dir), "--faults", "--plant", "bias@1:0.05:sparse"]);
+    let suspects = scan["faults"][0]["suspects"].as_array().unwrap();
+    assert_eq!(
+        (suspects.len(), &suspects[0]["layer"], &suspects[0]["kind"]),
+        (1, &Value::from(1), &Value::from("bias"))
+    );
+    let scan = json(&["--preset", "tiny-4x64", "--seed", "3", "--faults", "--noise", "0.05"]);
+    assert_eq!(scan["faults"][0]["suspects"], Value::Array(Vec::new()));
+    assert_eq!(scan["faults"][0]["probes"].as_array().unwrap().len(), 4);
+}
+
+#[test]
 fn bad_input_is_one_line() {
     let parent = tempfile::tempdir().unwrap();
     let one = directory(parent.path(), 1);
@@ -131,6 +146,10 @@ fn bad_input_is_one_line() {
         ([&[text(&dir)][..], &["--since", text(&one)]].concat(), "missing"),
         (vec!["--gaussian", "0"], "--gaussian"),
         (vec!["no/such/model"], "no/such/model"),
+        (vec!["--preset", "tiny-4x64"], "--faults"),
+        (vec!["--preset", "tiny-5x5", "--faults"], "tiny-5x5"),
+        (vec![text(&dir), "--faults", "--plant", "clip@2"], "below 2"),
+        (vec![text(&dir), "--faults", "--plant", "clap@1"], "deadzone"),
     ] {
         let line = error_line(&args);
         assert!(line.contains(part), "{args:?}: {line}");

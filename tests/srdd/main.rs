@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod command;
+mod faults;
 mod scans;
 
 use std::path::{Path, PathBuf};

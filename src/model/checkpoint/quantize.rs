@@ -5,6 +5,7 @@
 //! share a tensor amax, as they do in training (numerics.md section 2, fused siblings); every other tensor has its
 //! own. Rows stream through in pieces (pieces.rs): memory does not grow with the tensor.
 
+pub mod pack;
 mod pieces;
 
 use std::collections::BTreeMap;
@@ -35,6 +36,20 @@ pub struct QuantizedTensor {
     pub nonfinite_blocks: usize,
 }
 
+/// Tensors to be written, quantized on the way.
+pub trait TensorSource {
+    fn specs(&self) -> &[TensorSpec];
+
+    /// Writes tensor `index`; what was done, or `None` where it is a copy or a part that another index reports.
+    /// `progress` gets the bytes of each piece of the input read; its error ends the work.
+    fn fill(
+        &self,
+        index: usize,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>>;
+}
+
 /// A checkpoint seen through a format: gives the bytes of every tensor, quantized where it should be.
 pub struct Quantizer<'a> {
     checkpoint: &'a Checkpoint,
@@ -50,6 +65,13 @@ impl<'a> Quantizer<'a> {
     /// A tensor to be quantized that is stored in a dtype other than F32, BF16 and F16, or (2-D tiles) whose matrices are
     /// no whole tiles high where there are several.
     pub fn new(checkpoint: &'a Checkpoint, format: Format, excluded: &[&str]) -> Result<Quantizer<'a>> {
+        if let Some(layout) = checkpoint.packed_layout() {
+            bail_input!(
+                "{}: found packed weights ({layout}), expected weights that are not quantized: quantizing them once more \
+                 only adds error",
+                checkpoint.path().display()
+            );
+        }
         let mut names: Vec<&str> = checkpoint.names().collect();
         names.sort_by_key(|name| natural_key(name));
         let (mut specs, mut quantized) = (Vec::new(), Vec::new());
@@ -88,27 +110,9 @@ impl<'a> Quantizer<'a> {
         self.quantized.iter().filter(|q| **q).count()
     }
 
-    /// Writes tensor `index`; what was done, or `None` for a copy. `progress` gets the bytes of each piece read; its
-    /// error ends the work.
-    pub fn fill(
-        &self,
-        index: usize,
-        sink: &mut TensorSink,
-        progress: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Option<QuantizedTensor>> {
-        let spec = &self.specs[index];
-        let tensor = self.checkpoint.tensor(&spec.name)?;
-        let pieces = Pieces { checkpoint: self.checkpoint, tensor, format: self.format };
-        if !self.quantized[index] {
-            pieces.copy(sink, progress)?;
-            return Ok(None);
-        }
-        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, self.scale(&pieces, spec)?, sink, progress)?;
-        Ok(Some(self.report(spec, &sums, nonfinite_blocks)))
-    }
-
-    /// What [`Quantizer::fill`] would do to tensor `index`, without writing; `None` for one that would be copied.
-    pub fn error(
+    /// What quantizing tensor `index` would do, writing nothing; `None` where it would be copied. `progress` as in
+    /// [`TensorSource::fill`].
+    pub fn measure(
         &self,
         index: usize,
         progress: &mut dyn FnMut(usize) -> Result<()>,
@@ -116,22 +120,28 @@ impl<'a> Quantizer<'a> {
         if !self.quantized[index] {
             return Ok(None);
         }
-        let spec = &self.specs[index];
-        let tensor = self.checkpoint.tensor(&spec.name)?;
-        let pieces = Pieces { checkpoint: self.checkpoint, tensor, format: self.format };
-        let (sums, nonfinite_blocks) = pieces.error(index as u32, self.scale(&pieces, spec)?, progress)?;
-        Ok(Some(self.report(spec, &sums, nonfinite_blocks)))
+        let scale = self.tensor_scale(index)?;
+        let (sums, nonfinite_blocks) = self.pieces(index)?.quantize(index as u32, scale, None, progress)?;
+        Ok(Some(self.found(index, &sums, nonfinite_blocks)))
     }
 
-    fn scale(&self, pieces: &Pieces, spec: &TensorSpec) -> Result<TensorScale> {
-        Ok(match fused_group(&spec.name).and_then(|group| self.shared_amax.get(&group)) {
+    fn pieces(&self, index: usize) -> Result<Pieces<'_>> {
+        let tensor = self.checkpoint.tensor(&self.specs[index].name)?;
+        Ok(Pieces { checkpoint: self.checkpoint, tensor, format: self.format })
+    }
+
+    /// Where tensor `index` takes its tensor scale from: its group's amax, its own, or none.
+    fn tensor_scale(&self, index: usize) -> Result<TensorScale> {
+        let shared = fused_group(&self.specs[index].name).and_then(|group| self.shared_amax.get(&group));
+        Ok(match shared {
             Some(&amax) => TensorScale::Amax(amax),
-            None if self.format.has_tensor_scale() => TensorScale::Amax(pieces.amax()?),
+            None if self.format.has_tensor_scale() => TensorScale::Amax(self.pieces(index)?.amax()?),
             None => TensorScale::Tensor,
         })
     }
 
-    fn report(&self, spec: &TensorSpec, sums: &TensorErrorSums, nonfinite_blocks: usize) -> QuantizedTensor {
+    fn found(&self, index: usize, sums: &TensorErrorSums, nonfinite_blocks: usize) -> QuantizedTensor {
+        let spec = &self.specs[index];
         QuantizedTensor {
             name: spec.name.clone(),
             format: self.format,
@@ -156,13 +166,35 @@ impl<'a> Quantizer<'a> {
     }
 }
 
+impl TensorSource for Quantizer<'_> {
+    fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    fn fill(
+        &self,
+        index: usize,
+        sink: &mut TensorSink,
+        progress: &mut dyn FnMut(usize) -> Result<()>,
+    ) -> Result<Option<QuantizedTensor>> {
+        let pieces = self.pieces(index)?;
+        if !self.quantized[index] {
+            pieces.copy(sink, progress)?;
+            return Ok(None);
+        }
+        let (sums, nonfinite_blocks) =
+            pieces.quantize(index as u32, self.tensor_scale(index)?, Some(sink), progress)?;
+        Ok(Some(self.found(index, &sums, nonfinite_blocks)))
+    }
+}
+
 /// Mean over tensors of each metric.
 pub fn mean_error(tensors: &[QuantizedTensor]) -> TensorError {
     TensorError::mean(&tensors.iter().map(|t| &t.error).collect::<Vec<_>>())
 }
 
 /// `model.layers.3.self_attn.k_proj.weight` -> `model.layers.3.self_attn.q_proj`: the group's first sibling.
-fn fused_group(name: &str) -> Option<String> {
+pub(super) fn fused_group(name: &str) -> Option<String> {
     let module = name.strip_suffix(".weight")?;
     let (parent, projection) = module.rsplit_once('.')?;
     let group = FUSED_PROJECTIONS.iter().find(|group| group.contains(&projection))?;
@@ -175,6 +207,6 @@ fn is_floating(dtype: StoredDtype) -> bool {
 }
 
 /// Sorts numbers in a name as numbers.
-fn natural_key(name: &str) -> Vec<(u64, String)> {
+pub(super) fn natural_key(name: &str) -> Vec<(u64, String)> {
     name.split('.').map(|part| part.parse().map_or((u64::MAX, part.to_string()), |n| (n, String::new()))).collect()
 }

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::{INDEX, SINGLE, StoredDtype};
-use crate::model::config::Qwen2Config;
+use super::{INDEX, SINGLE, StoredDtype, TensorView};
+use crate::model::config::{Qwen2Config, quantization, read_json};
 use crate::{Error, Result};
 
 /// Where transformers begins a new shard.
@@ -41,6 +41,12 @@ pub struct TensorSpec {
 pub struct TensorBytes<'a> {
     pub spec: TensorSpec,
     pub data: Cow<'a, [u8]>,
+}
+
+impl TensorBytes<'_> {
+    pub fn view(&self) -> TensorView<'_> {
+        TensorView { dtype: self.spec.dtype, shape: &self.spec.shape, data: &self.data }
+    }
 }
 
 impl TensorSpec {
@@ -127,6 +133,14 @@ pub fn write_model_dir(
         copy_tokenizer_files(source, dir)?;
     }
     write_weights(dir, specs, MAX_SHARD_BYTES, fill)
+}
+
+/// Says in `dir`'s config.json how its weights are packed; every other key stays.
+pub fn write_quantization_config(dir: &Path, quantization: &Value) -> Result<()> {
+    let path = dir.join("config.json");
+    let mut config = read_json(&path)?;
+    config[quantization::KEY] = quantization.clone();
+    write_json(&path, &config)
 }
 
 /// Copies the tokenizer files that `source` has into `dir`.

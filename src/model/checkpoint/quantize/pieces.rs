@@ -17,7 +17,7 @@ use crate::{Result, bail_input};
 /// Elements of a piece, which one thread works on (at least one row of blocks).
 const PIECE_ELEMENTS: usize = 1 << 18;
 /// Pieces in memory at a time.
-const BATCH_PIECES: usize = 32;
+pub(super) const BATCH_PIECES: usize = 32;
 /// Bytes of a piece of a tensor that is only copied.
 const COPY_BYTES: usize = 8 << 20;
 
@@ -56,41 +56,27 @@ impl Pieces<'_> {
         Ok(largest)
     }
 
-    /// Writes the quantized tensor; the sums of its error, and how many blocks held NaN or infinity.
+    /// The draw of this tensor's stochastic rounding: seed 0 and update 0, so that the same file is quantized the same
+    /// way whenever it is, each tensor its own way.
+    pub fn stream(index: u32) -> Result<u32> {
+        stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)
+    }
+
+    /// Writes the quantized tensor, where there is a place for it; the sums of its error, and how many blocks held NaN or infinity.
     pub fn quantize(
         &self,
         index: u32,
         scale: TensorScale,
-        sink: &mut TensorSink,
+        mut sink: Option<&mut TensorSink>,
         progress: &mut dyn FnMut(usize) -> Result<()>,
     ) -> Result<(TensorErrorSums, usize)> {
-        self.run(index, scale, true, &mut |done, bytes| {
-            done.iter().try_for_each(|piece| sink.write(&piece.bytes))?;
-            progress(bytes)
-        })
-    }
-
-    /// As [`Pieces::quantize`], but nothing is written.
-    pub fn error(
-        &self,
-        index: u32,
-        scale: TensorScale,
-        progress: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<(TensorErrorSums, usize)> {
-        self.run(index, scale, false, &mut |_, bytes| progress(bytes))
-    }
-
-    /// Quantizes batch after batch; `each` gets what was made, with its bytes if they are wanted, and how many were read.
-    fn run(
-        &self,
-        index: u32,
-        scale: TensorScale,
-        wants_bytes: bool,
-        each: &mut dyn FnMut(&[Done], usize) -> Result<()>,
-    ) -> Result<(TensorErrorSums, usize)> {
-        // Seed 0 and update 0: the same draw whenever the same file is quantized, another one for each tensor.
-        let stream = stream(Purpose::StochasticRounding, Phase::Shared, ROUNDED_WEIGHT, index)?;
-        let job = Job { cols: self.cols(), format: self.format, scale, stream, wants_bytes };
+        let job = Job {
+            cols: self.cols(),
+            format: self.format,
+            scale,
+            stream: Pieces::stream(index)?,
+            wants_bytes: sink.is_some(),
+        };
         let quantize = match self.tensor.dtype {
             StoredDtype::BF16 => Job::quantize::<bf16>,
             StoredDtype::F16 => Job::quantize::<f16>,
@@ -103,26 +89,29 @@ impl Pieces<'_> {
             let rows = self.piece_rows();
             let done: Vec<Done> = pieces.map(|(i, piece)| quantize(&job, piece, first_row + i * rows)).collect();
             for piece in &done {
+                if let Some(sink) = &mut sink {
+                    sink.write(&piece.bytes)?;
+                }
                 sums.merge(&piece.sums);
                 nonfinite_blocks += piece.nonfinite_blocks;
             }
             first_row += BATCH_PIECES * rows;
-            each(&done, batch.len())?;
             self.checkpoint.release(batch);
+            progress(batch.len())?;
         }
         Ok((sums, nonfinite_blocks))
     }
 
-    fn cols(&self) -> usize {
+    pub fn cols(&self) -> usize {
         self.tensor.shape.last().copied().unwrap_or(1)
     }
 
-    fn piece_rows(&self) -> usize {
+    pub fn piece_rows(&self) -> usize {
         let rows = (PIECE_ELEMENTS / self.cols()).max(1);
         rows.next_multiple_of(self.format.block_rows())
     }
 
-    fn piece_bytes(&self) -> usize {
+    pub fn piece_bytes(&self) -> usize {
         self.piece_rows() * self.cols() * self.tensor.dtype.bitsize() / 8
     }
 }
@@ -146,16 +135,21 @@ impl Job {
     fn quantize<T: Stored>(&self, piece: &[u8], first_row: usize) -> Done {
         let x = T::read(piece);
         let rows = x.len() / self.cols;
-        let keys: Vec<u64> = match self.format.rounding.is_stochastic() {
-            true => (first_row..first_row + rows).map(|row| row_key(0, row as u32)).collect(),
-            false => Vec::new(),
-        };
+        let keys = draw_keys(self.format, first_row, rows);
         let draw = RoundingDraw { seed: 0, stream: self.stream, row_keys: &keys };
         let mut y = x.clone();
         let task = Task { with_errors: true, ..Task::new(self.format, self.scale, Some(&draw)) };
         let (stats, sums) = task.run(&x, rows, self.cols, &mut y);
         let bytes = if self.wants_bytes { T::bytes(&y) } else { Vec::new() };
         Done { bytes, sums, nonfinite_blocks: stats.nonfinite_blocks }
+    }
+}
+
+/// The keys of the rows' draws; none where the format draws nothing.
+pub(super) fn draw_keys(format: Format, first_row: usize, rows: usize) -> Vec<u64> {
+    match format.rounding.is_stochastic() {
+        true => (first_row..first_row + rows).map(|row| row_key(0, row as u32)).collect(),
+        false => Vec::new(),
     }
 }
 

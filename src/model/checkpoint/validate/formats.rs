@@ -1,0 +1,86 @@
+//! The original system's comparison of formats: the metrics of every linear under NVFP4, MXFP4 and its own variant of
+//! NVFP4 without a tensor scale, and which format wins each metric in how many linears.
+
+use serde::Serialize;
+
+use super::super::Checkpoint;
+use super::super::quantize::{DEFAULT_EXCLUDED, QuantizedTensor, Quantizer, mean_error};
+use crate::Result;
+use crate::numerics::format::Format;
+use crate::numerics::tensor_error::TensorError;
+
+pub const FORMATS: [Format; 3] = [Format::NVFP4, Format::MXFP4, Format::NVFP4_SINGLE_LEVEL];
+
+/// Its name, whether more is better, and where it stands.
+type Metric = (&'static str, bool, fn(&TensorError) -> f64);
+
+/// The metrics that the original's table has.
+const METRICS: [Metric; 7] = [
+    ("sqnr_db", true, |e| e.sqnr_db),
+    ("mse", false, |e| e.mse),
+    ("rmse", false, |e| e.rmse),
+    ("relative_error", false, |e| e.relative_error),
+    ("cosine", true, |e| e.cosine),
+    ("max_abs_error", false, |e| e.max_abs_error),
+    ("deadzone_ratio", false, |e| e.deadzone_ratio),
+];
+
+#[derive(Clone, Debug, Serialize)]
+pub struct FormatTable {
+    pub formats: Vec<FormatResult>,
+    pub metrics: Vec<MetricWinner>,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct FormatResult {
+    pub format: Format,
+    pub mean: TensorError,
+    pub tensors: Vec<QuantizedTensor>,
+}
+
+/// Who is best in one metric.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct MetricWinner {
+    pub metric: &'static str,
+    /// Mean over the linears, by format.
+    pub means: Vec<f64>,
+    /// In how many linears a format is best, by format; equals share no win.
+    pub wins: Vec<usize>,
+    /// The format that is best in most linears.
+    pub winner: Format,
+    pub linears: usize,
+}
+
+/// Measures every linear of `model` under each format.
+pub fn format_table(model: &Checkpoint, progress: &mut dyn FnMut(&str) -> Result<()>) -> Result<FormatTable> {
+    let mut formats = Vec::new();
+    for format in FORMATS {
+        let quantizer = Quantizer::new(model, format, &DEFAULT_EXCLUDED)?;
+        let mut tensors = Vec::new();
+        for index in 0..quantizer.specs.len() {
+            progress(&quantizer.specs[index].name)?;
+            tensors.extend(quantizer.measure(index, &mut |_| Ok(()))?);
+        }
+        formats.push(FormatResult { format, mean: mean_error(&tensors), tensors });
+    }
+    let metrics = METRICS.iter().map(|&metric| winner(&formats, metric)).collect();
+    Ok(FormatTable { formats, metrics })
+}
+
+fn winner(formats: &[FormatResult], (metric, more_is_better, of): Metric) -> MetricWinner {
+    let linears = formats.first().map_or(0, |format| format.tensors.len());
+    let mut wins = vec![0; formats.len()];
+    for linear in 0..linears {
+        let values: Vec<f64> = formats.iter().map(|format| of(&format.tensors[linear].error)).collect();
+        let better = |a: f64, b: f64| if more_is_better { a > b } else { a < b };
+        let best = (0..values.len()).find(|&i| (0..values.len()).all(|j| i == j || better(values[i], values[j])));
+        if let Some(best) = best {
+            wins[best] += 1;
+        }
+    }
+    // The first of equals.
+    let most = wins.iter().copied().max().unwrap_or(0);
+    let winner = wins.iter().position(|&count| count == most).unwrap_or(0);
+    let means = formats.iter().map(|format| of(&format.mean)).collect();
+    MetricWinner { metric, means, wins, winner: formats[winner].format, linears }
+}
