@@ -184,7 +184,7 @@ fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&
     let needs_model = args.activations || args.sensitivity || args.faults || args.fault_table;
     if args.weights || !(needs_model || before.is_some()) {
         let checkpoint = Checkpoint::open(dir)?;
-        let mut bar = console.progress("weights, MiB", bytes_to_read(&checkpoint, formats.len()) >> 20);
+        let mut bar = console.progress("weights, MiB", bytes_to_read(&checkpoint) >> 20);
         let mut bytes_done = 0u64;
         let scanned = scan_weights(&checkpoint, formats, &mut |bytes| {
             let before = bytes_done >> 20;

@@ -25,10 +25,10 @@ pub struct WeightScan {
     pub nonfinite_blocks: usize,
 }
 
-/// Bytes that [`scan_weights`] reads: each weight once a format.
-pub fn bytes_to_read(checkpoint: &Checkpoint, formats: usize) -> u64 {
+/// Bytes that `progress` of [`scan_weights`] is told of, or a few more: what is not quantized counts as well.
+pub fn bytes_to_read(checkpoint: &Checkpoint) -> u64 {
     let tensors = checkpoint.names().filter_map(|name| checkpoint.tensor(name).ok());
-    formats as u64 * tensors.filter(|t| t.shape.len() >= 2).map(|t| t.data.len() as u64).sum::<u64>()
+    tensors.filter(|t| t.shape.len() >= 2).map(|t| t.data.len() as u64).sum::<u64>()
 }
 
 /// `progress` is told the bytes of each piece; its error ends the scan.
@@ -45,9 +45,7 @@ pub fn scan_weights(
     let tensors = quantizers.first().map_or(0, |quantizer| quantizer.specs.len());
     let mut found = Vec::new();
     for index in 0..tensors {
-        for quantizer in &quantizers {
-            found.extend(quantizer.measure(index, progress)?);
-        }
+        found.extend(Quantizer::measure(&quantizers, index, progress)?);
     }
     if found.is_empty() {
         bail_input!("{}: found no weight of two or more dimensions to scan", checkpoint.file_of("").display());

@@ -110,19 +110,19 @@ impl<'a> Quantizer<'a> {
         self.quantized.iter().filter(|q| **q).count()
     }
 
-    /// What quantizing tensor `index` would do, writing nothing; `None` where it would be copied. `progress` as in
-    /// [`TensorSource::fill`].
+    /// What quantizing tensor `index` would do in each quantizer's format, all of one checkpoint, writing nothing; nothing where
+    /// it would be copied. `progress` as in [`TensorSource::fill`].
     pub fn measure(
-        &self,
+        quantizers: &[Quantizer],
         index: usize,
         progress: &mut dyn FnMut(usize) -> Result<()>,
-    ) -> Result<Option<QuantizedTensor>> {
-        if !self.quantized[index] {
-            return Ok(None);
-        }
-        let scale = self.tensor_scale(index)?;
-        let (sums, nonfinite_blocks) = self.pieces(index)?.quantize(index as u32, scale, None, progress)?;
-        Ok(Some(self.found(index, &sums, nonfinite_blocks)))
+    ) -> Result<Vec<QuantizedTensor>> {
+        let chosen: Vec<&Quantizer> = quantizers.iter().filter(|quantizer| quantizer.quantized[index]).collect();
+        let Some(first) = chosen.first() else { return Ok(Vec::new()) };
+        let formats = chosen.iter().map(|q| Ok((q.format, q.tensor_scale(index)?))).collect::<Result<Vec<_>>>()?;
+        let measured = first.pieces(index)?.measure(index as u32, &formats, progress)?;
+        let found = chosen.iter().zip(measured).map(|(q, (sums, nonfinite))| q.found(index, &sums, nonfinite));
+        Ok(found.collect())
     }
 
     fn pieces(&self, index: usize) -> Result<Pieces<'_>> {
@@ -182,8 +182,7 @@ impl TensorSource for Quantizer<'_> {
             pieces.copy(sink, progress)?;
             return Ok(None);
         }
-        let (sums, nonfinite_blocks) =
-            pieces.quantize(index as u32, self.tensor_scale(index)?, Some(sink), progress)?;
+        let (sums, nonfinite_blocks) = pieces.quantize(index as u32, self.tensor_scale(index)?, sink, progress)?;
         Ok(Some(self.found(index, &sums, nonfinite_blocks)))
     }
 }

@@ -53,16 +53,18 @@ pub struct MetricWinner {
 
 /// Measures every linear of `model` under each format.
 pub fn format_table(model: &Checkpoint, progress: &mut dyn FnMut(&str) -> Result<()>) -> Result<FormatTable> {
-    let mut formats = Vec::new();
-    for format in FORMATS {
-        let quantizer = Quantizer::new(model, format, &DEFAULT_EXCLUDED)?;
-        let mut tensors = Vec::new();
-        for index in 0..quantizer.specs.len() {
-            progress(&quantizer.specs[index].name)?;
-            tensors.extend(quantizer.measure(index, &mut |_| Ok(()))?);
-        }
-        formats.push(FormatResult { format, mean: mean_error(&tensors), tensors });
+    let quantizers = FORMATS.map(|format| Quantizer::new(model, format, &DEFAULT_EXCLUDED));
+    let quantizers = quantizers.into_iter().collect::<Result<Vec<_>>>()?;
+    let mut found = Vec::new();
+    for (index, spec) in quantizers[0].specs.iter().enumerate() {
+        progress(&spec.name)?;
+        found.extend(Quantizer::measure(&quantizers, index, &mut |_| Ok(()))?);
     }
+    let of_format = |format| {
+        let tensors: Vec<QuantizedTensor> = found.iter().filter(|tensor| tensor.format == format).cloned().collect();
+        FormatResult { format, mean: mean_error(&tensors), tensors }
+    };
+    let formats: Vec<FormatResult> = FORMATS.map(of_format).into();
     let metrics = METRICS.iter().map(|&metric| winner(&formats, metric)).collect();
     Ok(FormatTable { formats, metrics })
 }
