@@ -19,6 +19,7 @@ mod scan_plots;
 mod scan_tables;
 pub mod score;
 pub mod selftest;
+pub mod sweep;
 pub mod train;
 pub mod validate;
 
@@ -62,6 +63,8 @@ enum Command {
     Quickstart(quickstart::Args),
     /// Train a model with reinforcement learning under the configured noise
     Train(train::Args),
+    /// Train arms x seeds of one configuration, one run after the other
+    Sweep(sweep::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -107,7 +110,12 @@ pub fn main() -> ExitCode {
     };
     if matches!(
         cli.command,
-        Command::Quickstart(_) | Command::Train(_) | Command::Eval(_) | Command::Scan(_) | Command::Bench(_)
+        Command::Quickstart(_)
+            | Command::Train(_)
+            | Command::Sweep(_)
+            | Command::Eval(_)
+            | Command::Scan(_)
+            | Command::Bench(_)
     ) {
         let_idle_threads_sleep();
     }
@@ -131,6 +139,7 @@ fn run(cli: &Cli) -> Result<()> {
     match &cli.command {
         Command::Quickstart(args) => quickstart::run(args, &cli.global),
         Command::Train(args) => train::run(args, &cli.global),
+        Command::Sweep(args) => sweep::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),

@@ -10,8 +10,6 @@ use crate::analysis::statistics::wilson_interval;
 use crate::rl::evaluation::Condition;
 use crate::{Error, Result, input_error};
 
-const CONDITIONS: [Condition; 4] = [Condition::Clean, Condition::Noisy, Condition::Quantized, Condition::Deployed];
-
 /// The rows of metrics.jsonl, in order.
 fn metrics(run_dir: &Path) -> Result<Vec<Value>> {
     let path = run_dir.join("metrics.jsonl");
@@ -37,7 +35,7 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     table.load_style(presets::UTF8_BORDERS_ONLY);
     table.set_header(["accuracy".to_string(), heading(first, "before"), heading(last, "after"), "n".to_string()]);
     let mut results = Vec::new();
-    for condition in CONDITIONS {
+    for condition in Condition::ALL {
         let name = condition.name();
         let (Some((before, n)), Some((after, _))) = (counts(first, name), counts(last, name)) else {
             continue;
@@ -62,6 +60,14 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
         );
     }
     super::print(text)
+}
+
+/// The share of right answers of the last validation under `condition`; None where there is none.
+pub fn last_accuracy(run_dir: &Path, condition: Condition) -> Result<Option<f64>> {
+    let rows = metrics(run_dir)?;
+    let last = rows.iter().rev().find(|row| row["kind"] == "val");
+    let found = last.and_then(|row| counts(row, condition.name()));
+    Ok(found.map(|(correct, n)| correct as f64 / n.max(1) as f64))
 }
 
 /// Only a validation of step 0 was before training.

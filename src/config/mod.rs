@@ -20,6 +20,7 @@ mod hash;
 mod keys;
 mod later;
 mod source;
+pub mod sweep;
 mod validate;
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

@@ -28,6 +28,8 @@ pub enum Condition {
 }
 
 impl Condition {
+    pub const ALL: [Condition; 4] = [Condition::Clean, Condition::Noisy, Condition::Quantized, Condition::Deployed];
+
     pub fn name(self) -> &'static str {
         match self {
             Condition::Clean => "clean",

@@ -10,3 +10,4 @@ mod registry_minis;
 mod resume;
 mod signals;
 mod support;
+mod sweep;
