@@ -20,6 +20,34 @@ pub struct TensorError {
     pub gain: f64,
 }
 
+/// A metric by which formats are compared.
+#[derive(Clone, Copy)]
+pub struct Metric {
+    /// As in the JSON.
+    pub name: &'static str,
+    pub more_is_better: bool,
+    pub value: fn(&TensorError) -> f64,
+}
+
+pub const METRICS: [Metric; 8] = [
+    Metric { name: "sqnr_db", more_is_better: true, value: |e| e.sqnr_db },
+    Metric { name: "mse", more_is_better: false, value: |e| e.mse },
+    Metric { name: "rmse", more_is_better: false, value: |e| e.rmse },
+    Metric { name: "relative_error", more_is_better: false, value: |e| e.relative_error },
+    Metric { name: "cosine", more_is_better: true, value: |e| e.cosine },
+    Metric { name: "max_abs_error", more_is_better: false, value: |e| e.max_abs_error },
+    Metric { name: "deadzone_ratio", more_is_better: false, value: |e| e.deadzone_ratio },
+    Metric { name: "saturation_ratio", more_is_better: false, value: |e| e.saturation_ratio },
+];
+
+impl Metric {
+    /// Less where the format is better.
+    pub fn cost(&self, error: &TensorError) -> f64 {
+        let value = (self.value)(error);
+        if self.more_is_better { -value } else { value }
+    }
+}
+
 impl TensorError {
     /// The mean of each metric, over the errors where it is finite (an all-zero tensor has no SQNR); NaN where it is so in
     /// none, null in JSON.

@@ -5,25 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::numerics::format::Format;
-use crate::numerics::tensor_error::TensorError;
-
-/// A metric by which formats are compared, by its name in the JSON; `cost` is less where the format is better.
-pub struct Metric {
-    pub name: &'static str,
-    pub value: fn(&TensorError) -> f64,
-    cost: fn(&TensorError) -> f64,
-}
-
-pub const METRICS: [Metric; 8] = [
-    Metric { name: "sqnr_db", value: |e| e.sqnr_db, cost: |e| -e.sqnr_db },
-    Metric { name: "mse", value: |e| e.mse, cost: |e| e.mse },
-    Metric { name: "rmse", value: |e| e.rmse, cost: |e| e.rmse },
-    Metric { name: "relative_error", value: |e| e.relative_error, cost: |e| e.relative_error },
-    Metric { name: "cosine", value: |e| e.cosine, cost: |e| -e.cosine },
-    Metric { name: "max_abs_error", value: |e| e.max_abs_error, cost: |e| e.max_abs_error },
-    Metric { name: "deadzone_ratio", value: |e| e.deadzone_ratio, cost: |e| e.deadzone_ratio },
-    Metric { name: "saturation_ratio", value: |e| e.saturation_ratio, cost: |e| e.saturation_ratio },
-];
+use crate::numerics::tensor_error::{METRICS, Metric, TensorError};
 
 /// The error of a format in one tensor or one layer's output.
 pub struct Entry {
@@ -77,7 +59,7 @@ pub fn wins(formats: &[FormatSummary]) -> BTreeMap<&'static str, BTreeMap<String
     let of_metric = |metric: &Metric| {
         let mut won: BTreeMap<String, usize> = formats.iter().map(|f| (f.format.to_string(), 0)).collect();
         for place in 0..first.layers.len() {
-            let costs: Vec<f64> = formats.iter().map(|f| (metric.cost)(&f.layers[place].mean)).collect();
+            let costs: Vec<f64> = formats.iter().map(|f| metric.cost(&f.layers[place].mean)).collect();
             let least = costs.iter().copied().fold(f64::INFINITY, f64::min);
             let mut best = costs.iter().zip(formats).filter(|(cost, _)| **cost == least);
             if let (Some((_, format)), None) = (best.next(), best.next()) {

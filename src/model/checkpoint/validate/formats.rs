@@ -7,23 +7,9 @@ use super::super::Checkpoint;
 use super::super::quantize::{DEFAULT_EXCLUDED, QuantizedTensor, Quantizer, mean_error};
 use crate::Result;
 use crate::numerics::format::Format;
-use crate::numerics::tensor_error::TensorError;
+use crate::numerics::tensor_error::{METRICS, Metric, TensorError};
 
 pub const FORMATS: [Format; 3] = [Format::NVFP4, Format::MXFP4, Format::NVFP4_SINGLE_LEVEL];
-
-/// Its name, whether more is better, and where it stands.
-type Metric = (&'static str, bool, fn(&TensorError) -> f64);
-
-/// The metrics that the original's table has.
-const METRICS: [Metric; 7] = [
-    ("sqnr_db", true, |e| e.sqnr_db),
-    ("mse", false, |e| e.mse),
-    ("rmse", false, |e| e.rmse),
-    ("relative_error", false, |e| e.relative_error),
-    ("cosine", true, |e| e.cosine),
-    ("max_abs_error", false, |e| e.max_abs_error),
-    ("deadzone_ratio", false, |e| e.deadzone_ratio),
-];
 
 #[derive(Clone, Debug, Serialize)]
 pub struct FormatTable {
@@ -65,17 +51,18 @@ pub fn format_table(model: &Checkpoint, progress: &mut dyn FnMut(&str) -> Result
         FormatResult { format, mean: mean_error(&tensors), tensors }
     };
     let formats: Vec<FormatResult> = FORMATS.map(of_format).into();
-    let metrics = METRICS.iter().map(|&metric| winner(&formats, metric)).collect();
+    // The original's table has no saturation.
+    let shown = METRICS.iter().filter(|metric| metric.name != "saturation_ratio");
+    let metrics = shown.map(|metric| winner(&formats, metric)).collect();
     Ok(FormatTable { formats, metrics })
 }
 
-fn winner(formats: &[FormatResult], (metric, more_is_better, of): Metric) -> MetricWinner {
+fn winner(formats: &[FormatResult], metric: &Metric) -> MetricWinner {
     let linears = formats.first().map_or(0, |format| format.tensors.len());
     let mut wins = vec![0; formats.len()];
     for linear in 0..linears {
-        let values: Vec<f64> = formats.iter().map(|format| of(&format.tensors[linear].error)).collect();
-        let better = |a: f64, b: f64| if more_is_better { a > b } else { a < b };
-        let best = (0..values.len()).find(|&i| (0..values.len()).all(|j| i == j || better(values[i], values[j])));
+        let costs: Vec<f64> = formats.iter().map(|format| metric.cost(&format.tensors[linear].error)).collect();
+        let best = (0..costs.len()).find(|&i| (0..costs.len()).all(|j| i == j || costs[i] < costs[j]));
         if let Some(best) = best {
             wins[best] += 1;
         }
@@ -83,6 +70,6 @@ fn winner(formats: &[FormatResult], (metric, more_is_better, of): Metric) -> Met
     // The first of equals.
     let most = wins.iter().copied().max().unwrap_or(0);
     let winner = wins.iter().position(|&count| count == most).unwrap_or(0);
-    let means = formats.iter().map(|format| of(&format.mean)).collect();
-    MetricWinner { metric, means, wins, winner: formats[winner].format, linears }
+    let means = formats.iter().map(|format| (metric.value)(&format.mean)).collect();
+    MetricWinner { metric: metric.name, means, wins, winner: formats[winner].format, linears }
 }
