@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::fault_statistics::Statistics;
 use super::planted::FaultKind;
+use super::robust::median;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -96,7 +97,7 @@ fn tests(layers: &[Statistics], layer: usize, is_grid: bool) -> Vec<Test> {
     let own = &layers[layer];
     let others = |value: &dyn Fn(&Statistics) -> f64| {
         let rest = layers.iter().enumerate().filter(|(l, _)| *l != layer).map(|(_, s)| value(s));
-        middle(rest.collect())
+        median(rest.collect())
     };
     let test = |name, value: &dyn Fn(&Statistics) -> f64, floor: f64, times: f64| {
         let (found, others) = (value(own), others(value));
@@ -136,14 +137,4 @@ fn tests(layers: &[Statistics], layer: usize, is_grid: bool) -> Vec<Test> {
         all.push(absolute("random", own.random[0], own.of_small[1]));
     }
     all
-}
-
-/// The ordinary median; 0 of nothing.
-fn middle(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    match values.len() {
-        0 => 0.0,
-        n if n % 2 == 1 => values[n / 2],
-        n => (values[n / 2 - 1] + values[n / 2]) / 2.0,
-    }
 }

@@ -2,6 +2,7 @@
 //! not a model. One clean forward pass a prompt gives all inputs; then the device twice (fault_statistics.rs, fault_finder.rs), and
 //! the probes of numerics.md section 6, which describe a layer but decide nothing: on healthy models they vary too much.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 use serde::Serialize;
@@ -11,6 +12,7 @@ use super::device::Device;
 use super::fault_finder::{Suspect, suspects};
 use super::fault_statistics::{Sample, Statistics};
 use super::prompts::Laid;
+use super::robust::{RobustZ, by_layer};
 use crate::Result;
 use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
 use crate::ops::cpu::normals::normals_into;
@@ -22,6 +24,8 @@ pub struct FaultScan {
     /// Empty: none.
     pub suspects: Vec<Suspect>,
     pub probes: Vec<Probes>,
+    /// Of the probes, by layer and probe.
+    pub robust_z: Vec<BTreeMap<&'static str, RobustZ>>,
     /// Forward passes, or as many layers as one has.
     pub forward_passes: usize,
 }
@@ -46,6 +50,19 @@ pub struct Probes {
     /// Share of elements that hold the output's largest or least value.
     pub pile_up_ratio: f64,
 }
+
+type Probe = (&'static str, fn(&Probes) -> f64);
+const PROBES: [Probe; 9] = [
+    ("gain", |p| p.gain),
+    ("gain_ratio", |p| p.gain_ratio),
+    ("kurtosis", |p| p.kurtosis),
+    ("kurtosis_ratio", |p| p.kurtosis_ratio),
+    ("instability", |p| p.instability),
+    ("min_gain", |p| p.min_gain),
+    ("max_gain", |p| p.max_gain),
+    ("unresponsive_ratio", |p| p.unresponsive_ratio),
+    ("pile_up_ratio", |p| p.pile_up_ratio),
+];
 
 const PASSES: usize = 6; // 1 clean, 2 of the device, 3 probes
 const NOISE: f64 = 0.1;
@@ -104,7 +121,10 @@ pub fn scan_faults(
         probes.push(probe(clean, device, layer, laid, &observed)?);
         progress()?;
     }
-    Ok(FaultScan { arm: arm.to_string(), suspects: suspects(&statistics), probes, forward_passes: PASSES * laid.len() })
+    let over_layers = |(name, value): (&'static str, fn(&Probes) -> f64)| (name, probes.iter().map(value).collect());
+    let robust_z = by_layer(&PROBES.map(over_layers));
+    let forward_passes = PASSES * laid.len();
+    Ok(FaultScan { arm: arm.to_string(), suspects: suspects(&statistics), probes, robust_z, forward_passes })
 }
 
 fn probe(clean: &Device, device: &Device, layer: usize, laid: &[Laid], observed: &Observed) -> Result<Probes> {

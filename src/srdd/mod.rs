@@ -14,6 +14,7 @@ pub mod gaussian;
 pub mod multipliers;
 pub mod planted;
 pub mod prompts;
+pub mod robust;
 pub mod sensitivity;
 pub mod summary;
 pub mod weights;

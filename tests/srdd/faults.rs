@@ -53,6 +53,9 @@ fn the_device_itself_is_searched() {
         let probe = &found.probes[2];
         let is_random = matches!(kind, FaultKind::Noise | FaultKind::Spikes);
         assert_eq!(probe.instability > 0.0, is_random, "{kind:?}");
+        if is_random {
+            assert!(found.robust_z[2]["instability"].value > 100.0, "{kind:?}");
+        }
         assert_eq!(probe.pile_up_ratio > 2.5 * found.probes[1].pile_up_ratio, kind == FaultKind::Clip, "{kind:?}");
     }
     // In a device that suffers everywhere as well.
@@ -68,7 +71,7 @@ fn healthy_devices_are_not_accused() {
         for arm in arms {
             let found = scan(&model, arm, None);
             assert!(found.suspects.is_empty(), "{layers} layers, {arm:?}: {:?}", found.suspects);
-            assert_eq!(found.probes.len(), layers);
+            assert_eq!((found.probes.len(), found.robust_z.len()), (layers, layers));
         }
     }
 }
