@@ -172,10 +172,7 @@ impl<'a> Pass<'a> {
             let before = self.bytes_done >> 20;
             self.bytes_done += bytes as u64;
             self.bar.inc((self.bytes_done >> 20) - before);
-            match self.interrupt.requested() {
-                true => Err(Error::Interrupted("nothing was written".into())),
-                false => Ok(()),
-            }
+            self.interrupt.check()
         })?;
         self.report.extend(found);
         Ok(())

@@ -101,24 +101,11 @@ pub struct Found {
     pub activations: Option<ActivationScan>,
     pub sensitivity: Vec<Sensitivity>,
     pub changes: Option<Changes>,
-    /// Where the prompts come from.
+    /// Where the prompts of activations and sensitivity come from, and those of faults.
     pub prompts: Option<String>,
+    pub fault_prompts: Option<String>,
     pub faults: Vec<FaultScan>,
     pub fault_table: Vec<FaultRow>,
-}
-
-/// Asked between pieces of work.
-pub trait Stop {
-    fn check(&self) -> Result<()>;
-}
-
-impl Stop for Interrupt {
-    fn check(&self) -> Result<()> {
-        match self.requested() {
-            true => Err(Error::Interrupted("nothing was written".into())),
-            false => Ok(()),
-        }
-    }
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
@@ -207,13 +194,17 @@ fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&
         if args.faults || args.fault_table {
             // Text has too few different tokens; statistics of channels want many.
             let known = tokenizer.filter(|_| args.prompts.is_some());
-            let ids = prompts(args.prompts.as_deref(), known, model)?.ids;
+            let Prompts { ids, source } = prompts(args.prompts.as_deref(), known, model)?;
+            found.fault_prompts = Some(source);
             if args.faults {
                 found.faults = scan_faults::faults(args, model, formats, &ids, &interrupt, &console)?;
             }
             if args.fault_table {
                 found.fault_table = scan_faults::table_of_faults(args, model, &ids, &interrupt, &console)?;
             }
+        }
+        if !(args.activations || args.sensitivity) {
+            return Ok(found);
         }
         let Prompts { ids: prompts, source } = prompts(args.prompts.as_deref(), tokenizer, model)?;
         found.prompts = Some(source);
@@ -259,6 +250,7 @@ impl Found {
             all.extend(weights);
         }
         all.extend(self.prompts.as_ref().map(|source| ("prompts".to_string(), json!(source))));
+        all.extend(self.fault_prompts.as_ref().map(|source| ("fault_prompts".to_string(), json!(source))));
         all.extend(self.activations.as_ref().map(|scan| ("activations".to_string(), json!(scan))));
         all.extend(self.changes.as_ref().map(|changes| ("changes".to_string(), json!(changes))));
         if !self.faults.is_empty() {

@@ -3,11 +3,12 @@
 use comfy_table::Table;
 
 use super::common;
-use super::scan::{Args, Stop};
+use super::scan::Args;
 use crate::inject::injector::Injector;
 use crate::model::qwen2::Qwen2;
 use crate::numerics::format::Format;
 use crate::run::console::Console;
+use crate::run::signals::Interrupt;
 use crate::srdd::device::Device;
 use crate::srdd::fault_table::{FaultRow, fault_table};
 use crate::srdd::faults::{FaultScan, scan_faults};
@@ -46,7 +47,7 @@ pub fn faults(
     model: &Qwen2,
     formats: &[Format],
     prompts: &[Vec<u32>],
-    stop: &dyn Stop,
+    interrupt: &Interrupt,
     console: &Console,
 ) -> Result<Vec<FaultScan>> {
     let layers = model.config.num_hidden_layers;
@@ -68,7 +69,7 @@ pub fn faults(
         let name = args.plant.as_ref().map_or(name.clone(), |plant| format!("{name}, {plant} planted"));
         let mut progress = || {
             bar.inc(1);
-            stop.check()
+            interrupt.check()
         };
         found.push(scan_faults(&clean, &device, &name, &laid, &mut progress)?);
         model.invalidate();
@@ -81,13 +82,13 @@ pub fn table_of_faults(
     args: &Args,
     model: &Qwen2,
     prompts: &[Vec<u32>],
-    stop: &dyn Stop,
+    interrupt: &Interrupt,
     console: &Console,
 ) -> Result<Vec<FaultRow>> {
     let mut bar = console.progress("fault table, layers", model.config.num_hidden_layers as u64);
     let mut progress = || {
         bar.inc(1);
-        stop.check()
+        interrupt.check()
     };
     let rows = fault_table(&Device::new(model, None, None)?, &laid(model, prompts)?, args.draws, &mut progress)?;
     bar.finish();

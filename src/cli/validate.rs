@@ -37,16 +37,13 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let reference = args.reference.as_deref().map(|name| resolve_model_path(name).and_then(|path| open(&path)));
     let reference = reference.transpose()?;
     let interrupt = Interrupt::install()?;
-    let steps =
-        model.names().count() * (usize::from(reference.is_some()) + if args.original { FORMATS.len() } else { 0 });
+    // A tensor is measured in all formats at once.
+    let steps = model.names().count() * (usize::from(reference.is_some()) + usize::from(args.original));
     let mut bar = common::console(global).progress("validate, tensors", steps as u64);
     let mut progress = |name: &str| {
         bar.set_message(name);
         bar.inc(1);
-        match interrupt.requested() {
-            true => Err(Error::Interrupted("nothing was written".into())),
-            false => Ok(()),
-        }
+        interrupt.check()
     };
     let found = reference.map(|reference| compare(&model, &reference, &mut progress)).transpose()?;
     let formats = args.original.then(|| format_table(&model, &mut progress)).transpose()?;

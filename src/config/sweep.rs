@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
-use super::Config;
+use super::{Config, keys};
 use crate::{Error, Result, bail_input, input_error};
 
 #[derive(Debug, Deserialize)]
@@ -45,8 +45,8 @@ pub struct Job {
 pub fn jobs(path: &Path, overrides: &[String]) -> Result<Vec<Job>> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    let file: SweepFile = serde_yaml::from_str(&text)
-        .map_err(|e| input_error!("{shown}: {}", e.to_string().split_whitespace().collect::<Vec<_>>().join(" ")))?;
+    let file: SweepFile =
+        serde_yaml::from_str(&text).map_err(|e| input_error!("{shown}: {}", keys::one_line(&e.to_string())))?;
     if file.arms.is_empty() || file.seeds.is_empty() {
         bail_input!("{shown}: found {} arms and {} seeds, expected some", file.arms.len(), file.seeds.len());
     }
@@ -78,7 +78,7 @@ pub fn jobs(path: &Path, overrides: &[String]) -> Result<Vec<Job>> {
 fn assignments(keys: &Mapping) -> Result<Vec<String>> {
     let one = |(key, value): (&Value, &Value)| {
         let json = serde_json::to_string(value).map_err(|e| Error::Runtime(e.to_string()))?;
-        Ok(format!("{}={json}", super::keys::text(key)))
+        Ok(format!("{}={json}", keys::text(key)))
     };
     keys.iter().map(one).collect()
 }

@@ -39,6 +39,17 @@ impl Interrupt {
         Interrupt { requested: Arc::new(AtomicBool::new(false)) }
     }
 
+    /// For commands that write at their end alone.
+    ///
+    /// # Errors
+    /// `Interrupted` once a signal has asked to stop.
+    pub fn check(&self) -> Result<()> {
+        match self.requested() {
+            true => Err(Error::Interrupted("nothing was written".into())),
+            false => Ok(()),
+        }
+    }
+
     /// True once a signal has arrived.
     pub fn requested(&self) -> bool {
         self.requested.load(Ordering::Relaxed)

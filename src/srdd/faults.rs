@@ -11,11 +11,10 @@ use tch::{Kind, Tensor};
 use super::device::Device;
 use super::fault_finder::{Suspect, suspects};
 use super::fault_statistics::{Sample, Statistics};
-use super::prompts::Laid;
+use super::prompts::{Laid, normals_like};
 use super::robust::{RobustZ, by_layer};
 use crate::Result;
-use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
-use crate::ops::cpu::normals::normals_into;
+use crate::numerics::noise_key::{Phase, Purpose, stream};
 
 #[derive(Clone, Debug, Serialize)]
 pub struct FaultScan {
@@ -132,7 +131,9 @@ fn probe(clean: &Device, device: &Device, layer: usize, laid: &[Laid], observed:
     for (number, prompt) in laid.iter().enumerate() {
         let (x, y) = (&observed.x[number], &observed.y[number]);
         let (d, again) = (&observed.d[0][number], &observed.d[1][number]);
-        let noise = normals(x, layer)?.f_mul_scalar(NOISE * std(x)?)?.f_to_kind(x.kind())?;
+        // The same in every scan.
+        let stream = stream(Purpose::Other, Phase::Shared, 3, layer as u32)?;
+        let noise = normals_like(x, (0, stream), 0)?.f_mul_scalar(NOISE * std(x)?)?.f_to_kind(x.kind())?;
         let moved = x.f_add(&noise)?;
         let answer = std(&device.block(layer, &moved, prompt, 0)?.f_sub(d)?)? / std(&noise)?;
         let clean_answer = std(&clean.block(layer, &moved, prompt, 0)?.f_sub(y)?)? / std(&noise)?;
@@ -172,17 +173,6 @@ fn probe(clean: &Device, device: &Device, layer: usize, laid: &[Laid], observed:
         unresponsive_ratio: sum.unresponsive_ratio / n,
         pile_up_ratio: sum.pile_up_ratio / n,
     })
-}
-
-/// Of x's shape, the same in every scan.
-fn normals(x: &Tensor, layer: usize) -> Result<Tensor> {
-    let stream = stream(Purpose::Other, Phase::Shared, 3, layer as u32)?;
-    let (rows, columns) = x.size2()?;
-    let mut values = vec![0f32; (rows * columns) as usize];
-    for (row, values) in values.chunks_mut(columns as usize).enumerate() {
-        normals_into(0, stream, row_key(0, row as u32), values);
-    }
-    Ok(Tensor::f_from_slice(&values)?.f_view([rows, columns])?.f_to_device(x.device())?)
 }
 
 fn std(x: &Tensor) -> Result<f64> {

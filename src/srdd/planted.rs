@@ -9,10 +9,10 @@
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use super::prompts::normals_like;
 use crate::Result;
 use crate::numerics::generator::uniform_f32;
 use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
-use crate::ops::cpu::normals::normals_into;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -97,11 +97,6 @@ impl Planted {
 
     fn normals(&self, like: &Tensor, run: u32) -> Result<Tensor> {
         let stream = stream(Purpose::Other, Phase::Shared, 2, self.layer as u32)?;
-        let (rows, columns) = like.size2()?;
-        let mut values = vec![0f32; (rows * columns) as usize];
-        for (row, values) in values.chunks_mut(columns as usize).enumerate() {
-            normals_into(self.seed, stream, row_key(run, row as u32), values);
-        }
-        Ok(Tensor::f_from_slice(&values)?.f_view([rows, columns])?.f_to_device(like.device())?)
+        normals_like(like, (self.seed, stream), run)
     }
 }

@@ -1,4 +1,4 @@
-//! The prompts of a scan, and a forward pass over one.
+//! The prompts of a scan, a forward pass over one, and normals of a tensor's shape.
 
 use std::path::Path;
 
@@ -10,6 +10,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::generator::uniform_f32;
 use crate::numerics::noise_key::{Phase, Purpose, VALIDATION_STEP, row_key, stream, token_key};
+use crate::ops::cpu::normals::normals_into;
 use crate::ops::matmul_error::RowKeys;
 use crate::{Error, Result, bail_input, input_error};
 
@@ -86,6 +87,16 @@ fn random_ids(vocab_size: usize, count: usize) -> Result<Vec<Vec<u32>>> {
         ((f64::from(u) * vocab_size as f64) as u32).min(vocab_size as u32 - 1)
     };
     Ok((0..count).map(|prompt| (0..RANDOM_TOKENS).map(|position| id(prompt, position)).collect()).collect())
+}
+
+/// f32 normals of the shape of x [rows, columns], of (seed, stream); another `counter` gives others.
+pub fn normals_like(x: &Tensor, (seed, stream): (u64, u32), counter: u32) -> Result<Tensor> {
+    let (rows, columns) = x.size2()?;
+    let mut values = vec![0f32; (rows * columns) as usize];
+    for (row, values) in values.chunks_mut(columns as usize).enumerate() {
+        normals_into(seed, stream, row_key(counter, row as u32), values);
+    }
+    Ok(Tensor::f_from_slice(&values)?.f_view([rows, columns])?.f_to_device(x.device())?)
 }
 
 /// A prompt laid out for a model.

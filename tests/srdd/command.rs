@@ -119,6 +119,7 @@ fn a_planted_fault_is_reported_and_a_preset_will_do() {
         (1, &Value::from(1), &Value::from("bias"))
     );
     let scan = json(&["--preset", "tiny-4x64", "--seed", "3", "--faults", "--noise", "0.05"]);
+    assert_eq!((&scan["fault_prompts"], scan.get("prompts")), (&Value::from("random ids"), None));
     assert_eq!(scan["faults"][0]["suspects"], Value::Array(Vec::new()));
     assert_eq!(scan["faults"][0]["probes"].as_array().unwrap().len(), 4);
 }
