@@ -1,4 +1,5 @@
-//! Statistics of results.
+//! What runs gave: their files, statistics, charts.
 
 pub mod plot;
+pub mod run_files;
 pub mod statistics;

@@ -1,4 +1,4 @@
-//! Prints what a run achieved, from its metrics.jsonl: the source of truth, also for a run that was resumed.
+//! Prints what a run achieved, from its files: the source of truth, also for a run that was resumed.
 
 use std::path::Path;
 
@@ -6,29 +6,17 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::Global;
+use crate::Result;
+use crate::analysis::run_files::{RunFiles, correct};
 use crate::analysis::statistics::wilson_interval;
 use crate::rl::evaluation::Condition;
-use crate::{Error, Result, input_error};
-
-/// The rows of metrics.jsonl, in order.
-fn metrics(run_dir: &Path) -> Result<Vec<Value>> {
-    let path = run_dir.join("metrics.jsonl");
-    let text = std::fs::read_to_string(&path).map_err(|e| Error::io(&path, e))?;
-    let mut rows = Vec::new();
-    for (number, line) in text.lines().enumerate() {
-        let row: Value =
-            serde_json::from_str(line).map_err(|e| input_error!("{} line {}: {e}", path.display(), number + 1))?;
-        rows.push(row);
-    }
-    Ok(rows)
-}
 
 /// First and last validation side by side, with n and 95 % Wilson intervals.
 pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
-    let rows = metrics(run_dir)?;
-    let disagreeing_steps = rows.iter().filter(|row| row["injection/disagreements"].as_u64().unwrap_or(0) > 0).count();
-    let validations: Vec<&Value> = rows.iter().filter(|row| row["kind"] == "val").collect();
-    let (Some(first), Some(last)) = (validations.first(), validations.last()) else {
+    let run = RunFiles::read(run_dir)?;
+    let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
+    let disagreeing_steps = run.train.iter().filter(disagrees).count();
+    let (Some(first), Some(last)) = (run.validations.first(), run.validations.last()) else {
         return Ok(());
     };
     let mut table = Table::new();
@@ -37,7 +25,7 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     let mut results = Vec::new();
     for condition in Condition::ALL {
         let name = condition.name();
-        let (Some((before, n)), Some((after, _))) = (counts(first, name), counts(last, name)) else {
+        let (Some((before, n)), Some((after, _))) = (correct(first, condition), correct(last, condition)) else {
             continue;
         };
         table.add_row([name.to_string(), cell(before, n), cell(after, n), n.to_string()]);
@@ -64,9 +52,8 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
 
 /// The share of right answers of the last validation under `condition`; None where there is none.
 pub fn last_accuracy(run_dir: &Path, condition: Condition) -> Result<Option<f64>> {
-    let rows = metrics(run_dir)?;
-    let last = rows.iter().rev().find(|row| row["kind"] == "val");
-    let found = last.and_then(|row| counts(row, condition.name()));
+    let run = RunFiles::read(run_dir)?;
+    let found = run.validations.last().and_then(|row| correct(row, condition));
     Ok(found.map(|(correct, n)| correct as f64 / n.max(1) as f64))
 }
 
@@ -77,10 +64,6 @@ fn heading(row: &Value, word: &str) -> String {
         (Some(step), _) => format!("after step {step}"),
         (None, _) => word.to_string(),
     }
-}
-
-fn counts(row: &Value, condition: &str) -> Option<(u64, u64)> {
-    Some((row[format!("val/correct_{condition}")].as_u64()?, row["val/n"].as_u64()?))
 }
 
 fn cell(correct: u64, n: u64) -> String {
