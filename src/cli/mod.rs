@@ -8,6 +8,7 @@ pub mod doctor;
 pub mod eval;
 pub mod generate;
 mod inputs;
+pub mod jobs;
 pub mod plan;
 mod prompt;
 pub mod quantize;
@@ -19,6 +20,7 @@ mod scan_plots;
 mod scan_tables;
 pub mod score;
 pub mod selftest;
+pub mod submit;
 pub mod sweep;
 pub mod train;
 pub mod validate;
@@ -65,6 +67,18 @@ enum Command {
     Train(train::Args),
     /// Train arms x seeds of one configuration, one run after the other
     Sweep(sweep::Args),
+    /// Train as a detached job on another machine: ssh, a container there, Slurm
+    Submit(submit::Args),
+    /// Jobs on other machines: state, last metrics, GPUs
+    Status(jobs::StatusArgs),
+    /// A job's log
+    Logs(jobs::LogsArgs),
+    /// Bring a job's run directory here; again: what is new
+    Fetch(jobs::FetchArgs),
+    /// Stop jobs: TERM, in time for a checkpoint, then KILL
+    Cancel(jobs::CancelArgs),
+    /// Remove what no job on a host needs any more
+    Clean(jobs::CleanArgs),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -140,6 +154,12 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Quickstart(args) => quickstart::run(args, &cli.global),
         Command::Train(args) => train::run(args, &cli.global),
         Command::Sweep(args) => sweep::run(args, &cli.global),
+        Command::Submit(args) => submit::run(args, &cli.global),
+        Command::Status(args) => jobs::status(args, &cli.global),
+        Command::Logs(args) => jobs::logs(args),
+        Command::Fetch(args) => jobs::fetch(args, &cli.global),
+        Command::Cancel(args) => jobs::cancel(args, &cli.global),
+        Command::Clean(args) => jobs::clean(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),

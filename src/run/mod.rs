@@ -17,7 +17,7 @@ pub mod machine;
 pub mod signals;
 pub mod tensorboard;
 
-mod atomic_file;
+pub mod atomic_file;
 
 pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};
 pub use console::{Console, Progress, Verbosity};
