@@ -10,6 +10,7 @@ use crate::inject::schedule;
 use crate::inject::section::{ActivationScale, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
 use crate::model::config::PRESETS;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
+use crate::run::directory::usable_name;
 
 /// A key whose value cannot be used.
 pub(super) struct Violation {
@@ -32,11 +33,12 @@ type Checked = Result<(), Violation>;
 
 pub(super) fn check(config: &Config) -> Checked {
     let name = &config.name;
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-    {
+    if !usable_name(name) {
         return Err(Violation::new(
             "name",
-            format!("found \"{name}\", expected letters, digits, `.`, `_`, `-`: it names the run directory"),
+            format!(
+                "found \"{name}\", expected letters, digits, `.`, `_`, `-` or `+`, not beginning with `.` or `-`: it names the run directory"
+            ),
         ));
     }
     if config.model.path.is_none() && config.model.preset.is_none() {

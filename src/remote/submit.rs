@@ -230,8 +230,9 @@ fn check(connection: &Connection, request: &Request, console: &Console) -> Resul
     let doctor: Value = serde_json::from_str(&text)
         .map_err(|e| Error::Runtime(format!("{}: temper doctor: {e}: {text:?}", host.name)))?;
     let list = |key: &str| doctor[key].as_array().into_iter().flatten().filter_map(Value::as_str);
-    list("to_do").for_each(|item| console.warn(&format!("{}: {item}", host.name)));
     let wants_gpu = device(host).is_some_and(|device| device.starts_with("cuda"));
+    let matters = |item: &&str| wants_gpu || !item.starts_with("GPU");
+    list("to_do").filter(matters).for_each(|item| console.warn(&format!("{}: {item}", host.name)));
     // Slurm's login machine need not have what its nodes have.
     if wants_gpu && host.executor != Executor::Slurm && doctor["cuda_usable"] != Value::Bool(true) {
         bail_input!("{}: no usable GPU: {}", host.name, doctor["cuda_problem"].as_str().unwrap_or("no word why"));

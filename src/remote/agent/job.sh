@@ -79,6 +79,8 @@ supervise() { # ID ATTEMPT ARGUMENTS...
   shift 2
   poll=$(cut -d' ' -f1 "$directory/times") beat=$(cut -d' ' -f2 "$directory/times")
   cd "$root" || exit 1
+  TEMPER_JOB=$id
+  export TEMPER_JOB
   child='' heart='' pause=''
   # What is cancelled while it waits never starts.
   trap 'if [ -n "$child" ]; then kill -TERM "-$child" 2>/dev/null; else end cancelled 143; fi' TERM INT HUP
