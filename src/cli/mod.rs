@@ -7,6 +7,7 @@ mod common;
 pub mod doctor;
 pub mod eval;
 pub mod generate;
+pub mod gpu;
 mod inputs;
 pub mod jobs;
 pub mod plan;
@@ -97,6 +98,8 @@ enum Command {
     Bench(bench::Args),
     /// Every kernel on this machine's GPU against the CPU, bit for bit
     Selftest(selftest::Args),
+    /// Every GPU now: use, memory, power, temperature, clocks, errors, processes
+    Gpu(gpu::Args),
     /// What this machine has, and what to do about what is missing
     Doctor(doctor::Args),
 }
@@ -169,6 +172,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),
+        Command::Gpu(args) => gpu::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
     }
 }

@@ -5,12 +5,22 @@ use sha2::{Digest, Sha256};
 
 use super::Config;
 
-/// Keys that change when or where something happens, never what is computed.
+/// Keys that change when or where something happens, never what is computed. Stop rules among them: a run that one of
+/// them ended is the first part of the run without, and goes on in the same directory once they are changed.
 const OPERATIONAL: [(&str, &[&str]); 2] = [
     ("", &["name", "seed"]),
     (
         "trainer",
-        &["threads", "val_every", "val_before_train", "val_batch_size", "save_every", "keep_last", "keep_best"],
+        &[
+            "threads",
+            "val_every",
+            "val_before_train",
+            "val_batch_size",
+            "save_every",
+            "keep_last",
+            "keep_best",
+            "stop_rules",
+        ],
     ),
 ];
 
