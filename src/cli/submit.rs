@@ -70,6 +70,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         id: &id,
         snapshot: &snapshot,
         resume: args.resume,
+        continue_run: false,
         after: after(args, &connection)?,
         tokens: tokens(args, connection.host)?,
         install_torch: args

@@ -10,8 +10,8 @@ use crate::inject::schedule;
 use crate::inject::section::{ActivationScale, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
 use crate::model::config::PRESETS;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
-use crate::run::directory::usable_name;
 use crate::rl::stop_rules;
+use crate::run::directory::usable_name;
 
 /// A key whose value cannot be used.
 pub(super) struct Violation {

@@ -49,6 +49,9 @@ pub struct Host {
     pub container: Option<String>,
     /// Absolute, or below the home directory of whoever logs in.
     pub root: String,
+    /// Where jobs run, from which a configuration's relative paths are seen (default: the root).
+    #[serde(default)]
+    pub directory: Option<String>,
     #[serde(default)]
     pub gpus: Vec<u32>,
     /// Jobs at a time where there are no GPUs.
@@ -157,6 +160,42 @@ impl Hosts {
 }
 
 impl Host {
+    /// This machine, for runs that go straight to `out`: jobs run in the current directory, a few at a time.
+    ///
+    /// # Errors
+    /// `Io`: `out/.jobs` cannot be made.
+    pub fn here(out: &Path, gpus: Vec<u32>, slots: Option<u32>, device: Option<String>) -> Result<Host> {
+        let root = out.join(".jobs");
+        std::fs::create_dir_all(&root).map_err(|e| Error::io(&root, e))?;
+        let runs = root.join("runs");
+        if !runs.is_dir() {
+            std::os::unix::fs::symlink("..", &runs).map_err(|e| Error::io(&runs, e))?;
+        }
+        let absolute = |path: &Path| {
+            let path = path.canonicalize().map_err(|e| Error::io(path, e))?;
+            path.to_str().map(String::from).ok_or_else(|| input_error!("{}: not UTF-8", path.display()))
+        };
+        Ok(Host {
+            name: "here".to_string(),
+            executor: Executor::Local,
+            ssh: None,
+            ssh_options: Vec::new(),
+            container: None,
+            root: absolute(&root)?,
+            directory: Some(absolute(Path::new("."))?),
+            gpus,
+            slots,
+            device,
+            libtorch: None,
+            python: python3(),
+            env: BTreeMap::new(),
+            setup: None,
+            slurm: Vec::new(),
+            poll_s: 1.0,
+            heartbeat_s: five(),
+        })
+    }
+
     /// What would otherwise fail on the way, or do something else than it says.
     fn check(&self) -> Result<()> {
         let word = |key: &str, text: &str| match text.is_empty() || text.starts_with('-') || text.contains(['\n', '\0'])
@@ -174,6 +213,11 @@ impl Host {
         self.container.iter().try_for_each(|text| word("container", text))?;
         word("root", &self.root)?;
         word("python", &self.python)?;
+        if let Some(directory) = &self.directory
+            && !(directory.starts_with('/') && self.root.starts_with('/'))
+        {
+            bail_input!("directory: found {directory:?} with root {:?}, expected two absolute paths", self.root);
+        }
         if self.root.trim_end_matches('/').is_empty() {
             bail_input!("root: found {:?}, expected a directory of its own", self.root);
         }
@@ -241,6 +285,7 @@ mod tests {
             ("a: {ssh: x, root: /r, gpus: [0], slots: 1}", "slots"),
             ("a: {ssh: x, root: /r, slurm: [--gres=gpu:1]}", "slurm"),
             ("a: {ssh: x, root: /r, poll_s: 0}", "poll_s"),
+            ("a: {ssh: x, root: r, directory: /d}", "directory"),
             ("a: {executor: pbs, root: /r}", "pbs"),
             ("a: {executor: local, ssh: x, root: /r}", "ssh"),
         ] {

@@ -6,6 +6,7 @@
 
 pub mod connection;
 pub mod fetch;
+pub mod fleet;
 pub mod hosts;
 pub mod job;
 pub mod quote;

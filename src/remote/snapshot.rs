@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
+#[derive(Clone)]
 pub struct Snapshot {
     pub binary: PathBuf,
     pub binary_bytes: u64,
@@ -27,6 +28,11 @@ impl Snapshot {
         };
         let (blob, binary_bytes) = digest_of(&binary)?;
         Ok(Snapshot { binary, binary_bytes, blob, config })
+    }
+
+    /// The same binary with another configuration.
+    pub fn with_config(&self, config: String) -> Snapshot {
+        Snapshot { config, ..self.clone() }
     }
 
     /// Names the pair: 16 digits of the SHA-256 of both digests.

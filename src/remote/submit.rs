@@ -27,6 +27,8 @@ pub struct Request<'a> {
     pub snapshot: &'a Snapshot,
     /// Go on where an earlier attempt stopped.
     pub resume: bool,
+    /// Go on with a run directory that is there already, whoever began it.
+    pub continue_run: bool,
     pub after: Vec<(After, String)>,
     /// What it takes one of; `Host::tokens` where nothing else was asked for.
     pub tokens: Vec<String>,
@@ -67,7 +69,7 @@ impl Request<'_> {
     }
 
     fn dry_run_there(&self, host: &Host) -> Call {
-        self.attempt(host, &["--device", "cpu", "-q", "train", &self.config_path(), "--out", "runs", "--dry-run"])
+        self.attempt(host, &["--device", "cpu", "-q", "train", &self.config_path(host), "--dry-run"])
     }
 
     fn start(&self, host: &Host) -> Call {
@@ -91,16 +93,24 @@ impl Request<'_> {
         if let Some(device) = device(host) {
             all.extend(["--device".to_string(), device]);
         }
-        all.extend(["train", &self.config_path(), "--out", "runs"].map(String::from));
-        if self.resume {
+        all.extend(["train", &self.config_path(host), "--out", &in_root(host, "runs")].map(String::from));
+        if self.resume || self.continue_run {
             all.push("--resume".to_string());
         }
         ("submit", all, String::new())
     }
 
-    /// Relative to the root, in which the launch script starts.
-    fn config_path(&self) -> String {
-        format!("snapshots/{}/config.yaml", self.snapshot.hash())
+    fn config_path(&self, host: &Host) -> String {
+        in_root(host, &format!("snapshots/{}/config.yaml", self.snapshot.hash()))
+    }
+}
+
+/// A path below the root, as seen from where jobs run: in the root, or in a directory of the host's own, whose root is
+/// absolute.
+fn in_root(host: &Host, path: &str) -> String {
+    match &host.directory {
+        Some(_) => format!("{}/{path}", host.root.trim_end_matches('/')),
+        None => path.to_string(),
     }
 }
 
@@ -111,7 +121,8 @@ fn device(host: &Host) -> Option<String> {
 
 /// A script that runs the snapshot's temper with its own arguments, in the host's environment.
 fn launch_script(host: &Host, snapshot: &str) -> String {
-    let mut lines = vec!["cd \"$TEMPER_ROOT\" || exit 1".to_string()];
+    let directory = host.directory.as_ref().map_or("\"$TEMPER_ROOT\"".to_string(), |own| quote::word(own));
+    let mut lines = vec![format!("cd {directory} || exit 1")];
     lines.extend(host.env.iter().map(|(name, value)| format!("export {name}={}", quote::word(value))));
     if let Some(libtorch) = &host.libtorch {
         lines.push(format!("LD_LIBRARY_PATH={}/lib${{LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}}", quote::word(libtorch)));

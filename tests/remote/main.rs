@@ -8,3 +8,4 @@ mod queue;
 mod sshd;
 mod submit;
 mod support;
+mod sweep;
