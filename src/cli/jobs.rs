@@ -37,7 +37,7 @@ pub struct LogsArgs {
 
 #[derive(clap::Args)]
 pub struct FetchArgs {
-    /// Jobs, by id or by their configuration's name
+    /// Jobs, by id or by their configuration's name (all its seeds)
     #[arg(required = true)]
     pub jobs: Vec<String>,
     #[command(flatten)]
@@ -91,23 +91,36 @@ fn ask<'a>(hosts: &[&'a Host]) -> Vec<(&'a Host, Result<Overview>)> {
     })
 }
 
-/// The host and the id of the job that `text` means. An error of a host counts only where no other one has the job.
-fn find<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Job)> {
+/// The host and the jobs that `text` means. An error of a host counts only where no other one has the job.
+fn find_all<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Vec<Job>)> {
     let mut failure = None;
     let mut found = Vec::new();
     for (host, answer) in ask(&selected(hosts, args)?) {
-        match answer.and_then(|overview| job::named(&overview.jobs, text).cloned().map_err(|e| e.at(&host.name))) {
-            Ok(job) => found.push((host, job)),
-            // That a host was not reached says more than that another one has no such job.
-            Err(e) if failure.is_none() || !matches!(e, Error::Input(_)) => failure = Some(e),
-            Err(_) => {}
+        match answer.map(|overview| job::all_named(&overview.jobs, text).into_iter().cloned().collect::<Vec<_>>()) {
+            Ok(jobs) if jobs.is_empty() => {}
+            Ok(jobs) => found.push((host, jobs)),
+            Err(error) => failure = Some(error),
         }
     }
     if found.len() > 1 {
         let names: Vec<&str> = found.iter().map(|(host, _)| host.name.as_str()).collect();
         return Err(input_error!("{text}: found on {}, expected --host with one of them", names.join(" and ")));
     }
-    found.pop().ok_or_else(|| failure.unwrap_or_else(|| input_error!("{text}: no such job")))
+    let nowhere = || match selected(hosts, args) {
+        Ok(hosts) => {
+            let names: Vec<&str> = hosts.iter().map(|host| host.name.as_str()).collect();
+            input_error!("{text}: no such job on {}", names.join(", "))
+        }
+        Err(error) => error,
+    };
+    // That a host was not reached says more than that another one has no such job.
+    found.pop().ok_or_else(|| failure.unwrap_or_else(nowhere))
+}
+
+/// The host and the one job that `text` means.
+fn find<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Job)> {
+    let (host, jobs) = find_all(hosts, args, text)?;
+    Ok((host, job::named(&jobs, text)?.clone()))
 }
 
 pub fn status(args: &StatusArgs, global: &Global) -> Result<()> {
@@ -142,9 +155,8 @@ pub fn status(args: &StatusArgs, global: &Global) -> Result<()> {
         };
         let mut selection: Vec<&Job> = overview.jobs.iter().collect();
         if !args.jobs.is_empty() {
-            let named: Vec<&Job> = args.jobs.iter().filter_map(|text| job::named(&overview.jobs, text).ok()).collect();
-            missing.retain(|text| job::named(&overview.jobs, text).is_err());
-            selection.retain(|job| named.iter().any(|one| one.id == job.id));
+            missing.retain(|text| job::all_named(&overview.jobs, text).is_empty());
+            selection = args.jobs.iter().flat_map(|text| job::all_named(&overview.jobs, text)).collect();
         }
         for job in &selection {
             jobs.add_row(job_row(host, job));
@@ -234,20 +246,22 @@ pub fn fetch(args: &FetchArgs, global: &Global) -> Result<()> {
     let console = common::console(global);
     let mut done = Vec::new();
     for text in &args.jobs {
-        let (host, job) = find(&hosts, &args.host, text)?;
-        let fetched = fetch::fetch(&Connection { host }, &job.id, &args.out, args.checkpoints, &console)?;
-        let directory = args.out.join(&job.id);
-        console.note(&format!(
-            "{}: {} files ({} were here), {:.1} MB over the line",
-            directory.display(),
-            fetched.files,
-            fetched.unchanged,
-            fetched.bytes as f64 / 1e6
-        ));
-        done.push(json!({
-            "job": job.id, "host": host.name, "directory": directory, "files": fetched.files,
-            "unchanged": fetched.unchanged, "bytes": fetched.bytes,
-        }));
+        let (host, jobs) = find_all(&hosts, &args.host, text)?;
+        for job in jobs {
+            let fetched = fetch::fetch(&Connection { host }, &job.id, &args.out, args.checkpoints, &console)?;
+            let directory = args.out.join(&job.id);
+            console.note(&format!(
+                "{}: {} files ({} were here), {:.1} MB over the line",
+                directory.display(),
+                fetched.files,
+                fetched.unchanged,
+                fetched.bytes as f64 / 1e6
+            ));
+            done.push(json!({
+                "job": job.id, "host": host.name, "directory": directory, "files": fetched.files,
+                "unchanged": fetched.unchanged, "bytes": fetched.bytes,
+            }));
+        }
     }
     if global.json { super::print(json!({"fetched": done})) } else { Ok(()) }
 }

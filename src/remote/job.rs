@@ -199,13 +199,17 @@ impl Job {
     }
 }
 
-/// The job of `jobs` that `text` means: its id, or the name of its configuration where only one job has it.
-pub fn named<'a>(jobs: &'a [Job], text: &str) -> Result<&'a Job> {
-    if let Some(job) = jobs.iter().find(|job| job.id == text) {
-        return Ok(job);
+/// The jobs that `text` means: the one with this id, else all whose configuration has this name.
+pub fn all_named<'a>(jobs: &'a [Job], text: &str) -> Vec<&'a Job> {
+    match jobs.iter().find(|job| job.id == text) {
+        Some(job) => vec![job],
+        None => jobs.iter().filter(|job| config_name(&job.id) == text).collect(),
     }
-    let of_name: Vec<&Job> = jobs.iter().filter(|job| config_name(&job.id) == text).collect();
-    match of_name.as_slice() {
+}
+
+/// The one job that `text` means.
+pub fn named<'a>(jobs: &'a [Job], text: &str) -> Result<&'a Job> {
+    match all_named(jobs, text).as_slice() {
         [job] => Ok(job),
         [] => Err(input_error!("{text}: no such job")),
         several => {
