@@ -47,9 +47,10 @@ pub struct Host {
     pub ssh_options: Vec<String>,
     #[serde(default)]
     pub container: Option<String>,
-    /// Absolute, or below the home directory of whoever logs in.
+    /// Absolute, or below the home directory of whoever logs in (on this machine: the current directory).
     pub root: String,
-    /// Where jobs run, from which a configuration's relative paths are seen (default: the root).
+    /// Where jobs run, from which a configuration's relative paths are seen (default: the root; on this machine the
+    /// current directory).
     #[serde(default)]
     pub directory: Option<String>,
     #[serde(default)]
@@ -134,6 +135,9 @@ impl Hosts {
         let mut hosts = file.hosts;
         for (name, host) in &mut hosts {
             host.name = name.clone();
+            if host.executor == Executor::Local {
+                host.see_paths_from_here()?;
+            }
             host.check().map_err(|e| e.at(format!("{shown}: hosts.{name}")))?;
         }
         Ok(Hosts { path: path.to_path_buf(), hosts })
@@ -194,6 +198,19 @@ impl Host {
             poll_s: 1.0,
             heartbeat_s: five(),
         })
+    }
+
+    /// On this machine relative paths are meant as everywhere here: from the current directory.
+    fn see_paths_from_here(&mut self) -> Result<()> {
+        let here = std::env::current_dir().map_err(|e| Error::io(".", e))?;
+        if let (Some(below), Some(home)) = (self.root.strip_prefix("~/"), std::env::var_os("HOME")) {
+            self.root = PathBuf::from(home).join(below).to_string_lossy().into_owned();
+        } else if !self.root.is_empty() {
+            self.root = here.join(&self.root).to_string_lossy().into_owned();
+        }
+        let directory = here.join(self.directory.as_deref().unwrap_or_default());
+        self.directory = Some(directory.to_string_lossy().into_owned());
+        Ok(())
     }
 
     /// What would otherwise fail on the way, or do something else than it says.
