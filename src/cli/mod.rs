@@ -4,8 +4,10 @@
 
 pub mod bench;
 mod common;
+pub mod compare;
 pub mod doctor;
 pub mod eval;
+mod eval_robustness;
 pub mod generate;
 mod inputs;
 pub mod plan;
@@ -65,6 +67,8 @@ enum Command {
     Train(train::Args),
     /// Train arms x seeds of one configuration, one run after the other
     Sweep(sweep::Args),
+    /// What runs reached, arm against arm, with intervals and paired tests
+    Compare(compare::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -140,6 +144,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Quickstart(args) => quickstart::run(args, &cli.global),
         Command::Train(args) => train::run(args, &cli.global),
         Command::Sweep(args) => sweep::run(args, &cli.global),
+        Command::Compare(args) => compare::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),
