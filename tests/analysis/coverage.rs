@@ -11,7 +11,7 @@ struct World {
     of_question: f32,
 }
 
-const QUESTIONS: usize = 128;
+const QUESTIONS: usize = 96;
 const TRIALS: u32 = 300;
 
 /// Shares of trials in which (t interval, bootstrap interval) hold 0.
@@ -37,8 +37,8 @@ fn coverage(world: &World) -> (f64, f64) {
         let other: Vec<&[bool]> = other.iter().map(Vec::as_slice).collect();
         let two_way = TwoWay::new(&one, &other, true).unwrap();
         let holds = |(low, high): (f64, f64)| u32::from(low <= 0.0 && 0.0 <= high);
-        by_t += holds(two_way.difference().interval());
-        by_bootstrap += holds(two_way.bootstrap(400).unwrap());
+        by_t += holds(two_way.difference().interval().unwrap());
+        by_bootstrap += holds(two_way.bootstrap(200).unwrap());
     }
     let share = |count: u32| f64::from(count) / f64::from(TRIALS);
     (share(by_t), share(by_bootstrap))
@@ -47,11 +47,13 @@ fn coverage(world: &World) -> (f64, f64) {
 #[test]
 fn the_intervals_hold_the_truth() {
     let mut lines = Vec::new();
-    for (seeds, of_seed, of_question) in [(2, 0.0, 0.0), (3, 0.0, 0.3), (3, 0.4, 0.3), (5, 0.4, 0.3), (12, 0.4, 0.3)] {
+    for (seeds, of_seed, of_question) in
+        [(2, 0.0, 0.0), (3, 0.0, 0.3), (3, 0.0, 1.0), (3, 0.4, 0.3), (5, 0.4, 0.3), (12, 0.4, 0.3)]
+    {
         let (t, bootstrap) = coverage(&World { seeds, of_seed, of_question });
         lines.push(format!("{seeds} seeds, spread {of_seed} {of_question}: t {t:.3}, bootstrap {bootstrap:.3}"));
-        // 300 trials at 95 % have a standard error of 1.3 points; Satterthwaite's few degrees of freedom cost some.
-        assert!(t >= 0.90, "{}", lines.join("\n"));
+        // 300 trials at 95 % have a standard error of 1.3 points.
+        assert!(t >= 0.93, "{}", lines.join("\n"));
         // Why the bootstrap is not what decides: seeds that differ, and few of them.
         match (seeds, of_seed > 0.0) {
             (3, true) => assert!(bootstrap < 0.88, "{}", lines.join("\n")),

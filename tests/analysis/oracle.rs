@@ -111,10 +111,13 @@ fn agree_with_scipy_and_statsmodels() {
         let (one, other): (Vec<&[bool]>, Vec<&[bool]>) =
             (one.iter().map(Vec::as_slice).collect(), other.iter().map(Vec::as_slice).collect());
         let found = TwoWay::new(&one, &other, true).unwrap().difference();
-        let expected = &expected["two_way"][i];
-        alike(found.difference, number(&expected[0]), &format!("difference of world {i}"));
-        alike(found.standard_error, number(&expected[1]), &format!("standard error of world {i}"));
-        alike(found.degrees_of_freedom, number(&expected[2]), &format!("degrees of freedom of world {i}"));
+        let two_way = &expected["two_way"][i];
+        alike(found.difference, number(&two_way[0]), &format!("difference of world {i}"));
+        alike(found.standard_error, number(&two_way[1]), &format!("standard error of world {i}"));
+        assert_eq!(found.degrees_of_freedom, one.len() as f64 - 1.0);
+        let welch = TwoWay::new(&one, &other, false).unwrap().difference();
+        alike(welch.degrees_of_freedom, number(&expected["welch"][i][1]), &format!("Welch's of world {i}"));
+        assert!(welch.standard_error >= number(&expected["welch"][i][0]).abs() * (1.0 - 1e-9));
     }
     println!(
         "{} McNemar tests, {} Wilson intervals, {} values of Student's law agree with scipy and statsmodels",

@@ -21,7 +21,7 @@ def t_interval(values):
 
 
 def two_way(one, other):
-    """Difference, standard error and degrees of freedom from the mean squares of an analysis of variance without replicates."""
+    """Difference and standard error from the mean squares of an analysis of variance without replicates."""
     values = numpy.array(one, float) - numpy.array(other, float)
     seeds, questions = values.shape
     place = numpy.indices(values.shape)
@@ -30,8 +30,14 @@ def two_way(one, other):
     squares = table["mean_sq"] / values.size
     of_seeds, of_questions, left = squares["C(seed)"], squares["C(question)"], squares["Residual"]
     total = max(of_seeds + of_questions - left, of_seeds, of_questions)
-    spread = (squares**2 / table["df"]).sum()
-    return [float(values.mean()), float(numpy.sqrt(total)), float(total**2 / spread)]
+    return [float(values.mean()), float(numpy.sqrt(total))]
+
+
+def seeds_alone(one, other):
+    """Standard error and degrees of freedom of Welch's t test of two arms' accuracies."""
+    one, other = (numpy.mean(numpy.array(marks, float), axis=1) for marks in (one, other))
+    result = stats.ttest_ind(one, other, equal_var=False)
+    return [float((one.mean() - other.mean()) / result.statistic), float(result.df)]
 
 
 cases = json.load(sys.stdin)
@@ -45,6 +51,7 @@ json.dump(
         "quantile": [float(stats.t.ppf(p, v)) for p, v in cases["quantile"]],
         "holm": [[float(p) for p in multipletests(ps, method="holm")[1]] for ps in cases["holm"]],
         "t_interval": [t_interval(values) for values in cases["t_interval"]],
+        "welch": [seeds_alone(one, other) for one, other in cases["two_way"]],
         "two_way": [two_way(one, other) for one, other in cases["two_way"]],
     },
     sys.stdout,

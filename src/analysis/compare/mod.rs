@@ -73,7 +73,7 @@ fn notes(pairs: &[Pair]) -> Vec<String> {
     ));
     if has(Method::TwoWay) || has(Method::TwoWayUnpaired) {
         notes.push(
-            "several seeds: interval and p by Student's t over seeds and questions (random effects, Satterthwaite's degrees of freedom); bootstrap: percentiles of 10000 resamples of seeds and questions, too narrow for fewer than about 10 seeds that differ".to_string(),
+            "several seeds: interval and p from the spread over seeds and questions, by Student's t with as many degrees of freedom as the seeds give; bootstrap: percentiles of 10000 resamples of seeds and questions, too narrow for fewer than about 10 seeds that differ".to_string(),
         );
     }
     if has(Method::McNemar) {

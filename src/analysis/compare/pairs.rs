@@ -46,7 +46,8 @@ pub struct Figures {
     pub seeds: (usize, usize),
     /// Accuracy of the arm less that of the baseline.
     pub difference: f64,
-    pub ci95: (f64, f64),
+    /// None where nothing varies.
+    pub ci95: Option<(f64, f64)>,
     pub standard_error: f64,
     /// None: the normal law.
     pub degrees_of_freedom: Option<f64>,
@@ -121,7 +122,7 @@ fn pair(arm: &Arm, baseline: &Arm, condition: Condition) -> Result<Option<Pair>>
                 difference: found.difference,
                 ci95: found.interval(),
                 standard_error: found.standard_error,
-                degrees_of_freedom: Some(found.degrees_of_freedom).filter(|v| v.is_finite()),
+                degrees_of_freedom: Some(found.degrees_of_freedom),
                 p: found.p(),
                 bootstrap_ci95: Some(two_way.bootstrap(BOOTSTRAP_REPLICATES)?),
             }
@@ -130,7 +131,7 @@ fn pair(arm: &Arm, baseline: &Arm, condition: Condition) -> Result<Option<Pair>>
             method: Method::McNemar,
             seeds: (1, 1),
             difference: (test.first_only as f64 - test.second_only as f64) / n,
-            ci95: paired_interval(test.first_only, test.second_only, n as u64),
+            ci95: Some(paired_interval(test.first_only, test.second_only, n as u64)),
             standard_error: discordant.sqrt() / n,
             degrees_of_freedom: None,
             p: Some(test.p_mid),

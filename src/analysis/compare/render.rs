@@ -89,6 +89,7 @@ pub fn csv(comparison: &Comparison) -> String {
 fn arm_cells(arm: &Arm, found: &ArmCondition, pair: Option<&Pair>) -> Vec<String> {
     let number = |value: Option<f64>| value.map_or_else(String::new, |value| value.to_string());
     let figures = pair.map(|pair| &pair.figures);
+    let interval = figures.and_then(|figures| figures.ci95);
     let bootstrap = figures.and_then(|figures| figures.bootstrap_ci95);
     let mut cells = vec![text_cell("arm"), text_cell(&arm.arm), String::new(), found.condition.name().to_string()];
     cells.extend([String::new(), String::new(), pair.map_or_else(String::new, |pair| pair.n.to_string())]);
@@ -97,8 +98,8 @@ fn arm_cells(arm: &Arm, found: &ArmCondition, pair: Option<&Pair>) -> Vec<String
     cells.extend(
         [
             figures.map(|f| f.difference),
-            figures.map(|f| f.ci95.0),
-            figures.map(|f| f.ci95.1),
+            interval.map(|i| i.0),
+            interval.map(|i| i.1),
             figures.and_then(|f| f.p),
             pair.and_then(|pair| pair.p_holm),
             bootstrap.map(|b| b.0),
@@ -182,7 +183,7 @@ fn pairs(comparison: &Comparison) -> Table {
             pair.condition.name().to_string(),
             format!("{seeds} x {}", pair.n),
             signed_percent(figures.difference),
-            signed_interval(figures.ci95),
+            figures.ci95.map_or_else(nothing, signed_interval),
             probability(figures.p),
             probability(pair.p_holm),
             figures.bootstrap_ci95.map_or_else(nothing, signed_interval),

@@ -1,20 +1,22 @@
 //! The difference of two arms whose runs (seeds) answered the same questions: its error, test and bootstrap.
 //!
-//! Seeds and questions are both samples, and both are crossed: another seed and another question would have given other
-//! marks. A group is a matrix [seeds, questions] of which the difference is made: one of differences where the arms have the
-//! same seeds, else one of either arm, the baseline's negated. With S_g seeds in group g and n questions:
+//! Seeds and questions are both samples, and crossed: another seed and another question would have given other marks. A
+//! group is a matrix [seeds, questions] of which the difference is made: one of differences where the arms have the same
+//! seeds, else one of either arm, the baseline's negated. With S_g seeds in group g and n questions:
 //!
-//!   d   = sum over g of the mean of group g
-//!   V_s = sum over g of var(means of rows) / S_g               from seed to seed
-//!   V_q = var(sum over g of means of columns) / n              from question to question
-//!   V_e = sum over g of var(what rows and columns leave) / (S_g n), counted in either of the above
-//!   SE^2 = V_s + V_q - V_e, but at least V_s and V_q
-//!   degrees of freedom = SE^4 / (sum V_sg^2/(S_g - 1) + V_q^2/(n - 1) + sum V_eg^2/((S_g - 1)(n - 1)))
+//!   d    = sum over g of the mean of group g
+//!   V_s  = sum over g of var(means of rows) / S_g               from seed to seed
+//!   V_q  = var(sum over g of means of columns) / n              from question to question
+//!   V_e  = sum over g of var(what rows and columns leave) / (S_g n), counted in either of the above
+//!   SE^2 = V_s + V_q - V_e, but at least V_s and V_q            two crossed random effects (Clark 1973)
 //!
-//! This is the random-effects analysis of two crossed samples (Clark 1973) with Satterthwaite's degrees of freedom (1946).
+//! d / SE is held against Student's t with S - 1 degrees of freedom; two groups: Welch's V_s^2 / sum V_sg^2/(S_g - 1). Few
+//! seeds that agree by chance thus never look like many. The price is an interval about a quarter wider than need be for 3
+//! seeds that do not differ at all.
+//!
 //! The bootstrap resamples seeds and questions with replacement (Owen 2007, "The pigeonhole bootstrap") and reports
-//! percentiles. With few seeds it is too narrow where seeds differ: `tests/analysis/coverage.rs` has the figures. So the
-//! test is the analysis above.
+//! percentiles. With few seeds it is too narrow where seeds differ, so it decides nothing here: `tests/analysis/coverage.rs`
+//! has the figures of both.
 
 use rayon::prelude::*;
 
@@ -74,22 +76,22 @@ impl TwoWay {
         let effects = self.question_effects();
         let difference = effects.iter().sum::<f64>() / n;
         let of_questions = variance(&effects) / n;
-        let (mut of_seeds, mut interaction) = (0.0, 0.0);
-        let mut spread = of_questions.powi(2) / (n - 1.0);
+        let (mut of_seeds, mut interaction, mut spread) = (0.0, 0.0, 0.0);
         for group in &self.groups {
             let seeds = group.seeds() as f64;
             let rows = group.row_means();
-            let own_seeds = variance(&rows) / seeds;
-            let own_interaction = group.interaction(&rows) / (seeds * n);
-            of_seeds += own_seeds;
-            interaction += own_interaction;
-            spread += own_seeds.powi(2) / (seeds - 1.0) + own_interaction.powi(2) / ((seeds - 1.0) * (n - 1.0));
+            let own = variance(&rows) / seeds;
+            of_seeds += own;
+            interaction += group.interaction(&rows) / (seeds * n);
+            spread += own * own / (seeds - 1.0);
         }
         let total = (of_seeds + of_questions - interaction).max(of_seeds).max(of_questions);
-        Difference { difference, standard_error: total.sqrt(), degrees_of_freedom: total * total / spread }
+        let fewest = self.groups.iter().map(Group::seeds).min().unwrap_or(2);
+        let degrees_of_freedom = if spread > 0.0 { of_seeds * of_seeds / spread } else { fewest as f64 - 1.0 };
+        Difference { difference, standard_error: total.sqrt(), degrees_of_freedom }
     }
 
-    /// The 95 % percentile interval of `replicates` resamples; the same in every run.
+    /// The 95 % percentile interval of `replicates` resamples; the same in every call.
     pub fn bootstrap(&self, replicates: u32) -> Result<(f64, f64)> {
         let stream = stream(Purpose::Other, Phase::Validation, 0, 0)?;
         // Draw `i` of replicate `r` for `what`: 0 the questions, 1 + g the seeds of group g.
@@ -165,13 +167,10 @@ impl Difference {
         (self.difference == 0.0).then_some(1.0)
     }
 
-    /// The 95 % interval.
-    pub fn interval(&self) -> (f64, f64) {
-        let half = match self.standard_error > 0.0 {
-            true => student_quantile(0.975, self.degrees_of_freedom) * self.standard_error,
-            false => 0.0,
-        };
-        (self.difference - half, self.difference + half)
+    /// The 95 % interval; None where nothing varies.
+    pub fn interval(&self) -> Option<(f64, f64)> {
+        let half = student_quantile(0.975, self.degrees_of_freedom) * self.standard_error;
+        (self.standard_error > 0.0).then_some((self.difference - half, self.difference + half))
     }
 }
 
