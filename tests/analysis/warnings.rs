@@ -97,7 +97,7 @@ fn each_kind_is_said_once() {
         ),
         (
             Box::new(|made| drop(made.validations[1].1.pop())),
-            &["the conditions of the last validation differs: clean noisy (one); clean (two)"],
+            &["what the last validation has differs: clean noisy (one); clean (two)"],
         ),
         (Box::new(set("reward.mode", json!("flexible"))), &["reward.mode differs: strict (one); flexible (two)"]),
         (
@@ -122,7 +122,7 @@ fn each_kind_is_said_once() {
             &["noisy_ops.error_scale: \"noisy\" is not the same condition: it differs: 0.05 (one); 0.1 (two)"],
         ),
         (Box::new(set_run("device", json!("H100"))), &["device differs: cpu (one); H100 (two)"]),
-        (Box::new(set_run("threads", json!(4))), &["threads differs: 2 (one); 4 (two)"]),
+        (Box::new(set_run("threads", json!(4))), &["the number of threads differs: 2 (one); 4 (two)"]),
         (Box::new(set_run("git_commit", json!("c1"))), &["temper's commit differs: c0 (one); c1 (two)"]),
         (Box::new(set_run("temper_version", json!("0.2.0"))), &["temper's version differs"]),
         (Box::new(set_run("libtorch_version", json!("2.12"))), &["libtorch differs: 2.11 (one); 2.12 (two)"]),
@@ -138,7 +138,7 @@ fn each_kind_is_said_once() {
                     made.run["resumes"] = json!([resume]);
                 }
             }),
-            &["threads differs: 2 (one, two seed 0); 2, then 8 (two seed 1)"],
+            &["the number of threads differs: 2 (one, two seed 0); 2, then 8 (two seed 1)"],
         ),
         (
             Box::new(|made| made.disagreeing = 2 * made.seed),

@@ -79,7 +79,7 @@ fn questions(arms: &[Arm], members: &[Member], differences: &[KeyDifference]) ->
         let names: Vec<&str> = member.result.conditions.iter().map(|c| c.condition.name()).collect();
         Some(names.join(" "))
     };
-    warnings.extend(differing("the conditions of the last validation", members, conditions));
+    warnings.extend(differing("what the last validation has", members, conditions));
     warnings.extend(differing("the number of validation questions", members, |member| {
         member.result.conditions.first().map(|condition| condition.n.to_string())
     }));
@@ -189,7 +189,7 @@ fn machines(members: &[Member]) -> Vec<String> {
     let mut warnings = Vec::new();
     for (what, path) in [
         ("device", "device"),
-        ("threads", "threads"),
+        ("the number of threads", "threads"),
         ("CPU", "cpu.model"),
         ("SIMD", "cpu.simd"),
         ("temper's commit", "git_commit"),
