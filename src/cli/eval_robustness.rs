@@ -6,6 +6,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::{common, eval};
+use crate::analysis::compare::render::probability;
 use crate::analysis::plot::Chart;
 use crate::analysis::statistics::mcnemar::mcnemar;
 use crate::config::{self, Config};
@@ -169,7 +170,7 @@ pub fn table(rows: &[Value]) -> Table {
         ];
         cells.extend(eval::measured_cells(row));
         cells.push(format!("{:+.2}", 100.0 * number(&row["difference_from_clean"])));
-        cells.extend([row["lost"].to_string(), row["gained"].to_string(), format!("{:.4}", number(&row["p_mid"]))]);
+        cells.extend([row["lost"].to_string(), row["gained"].to_string(), probability(row["p_mid"].as_f64())]);
         table.add_row(cells);
     }
     table

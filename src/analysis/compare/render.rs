@@ -255,7 +255,8 @@ fn signed_interval((low, high): (f64, f64)) -> String {
     format!("[{}, {}]", signed_percent(low), signed_percent(high))
 }
 
-fn probability(p: Option<f64>) -> String {
+/// Four decimals; no p is 0.
+pub fn probability(p: Option<f64>) -> String {
     match p {
         None => nothing(),
         Some(p) if p < 0.0001 => "<0.0001".to_string(),
