@@ -1,5 +1,6 @@
 //! What runs gave: their files, statistics, charts.
 
+pub mod compare;
 pub mod decision;
 pub mod plot;
 pub mod run_files;

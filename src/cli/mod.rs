@@ -4,8 +4,10 @@
 
 pub mod bench;
 mod common;
+pub mod compare;
 pub mod doctor;
 pub mod eval;
+mod eval_robustness;
 pub mod generate;
 pub mod gpu;
 mod inputs;
@@ -80,6 +82,8 @@ enum Command {
     Cancel(jobs::CancelArgs),
     /// Remove what no job on a host needs any more
     Clean(jobs::CleanArgs),
+    /// What runs reached, arm against arm, with intervals and paired tests
+    Compare(compare::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -163,6 +167,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Fetch(args) => jobs::fetch(args, &cli.global),
         Command::Cancel(args) => jobs::cancel(args, &cli.global),
         Command::Clean(args) => jobs::clean(args, &cli.global),
+        Command::Compare(args) => compare::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),

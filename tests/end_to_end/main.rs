@@ -8,6 +8,7 @@ mod outputs;
 mod packed;
 mod registry_minis;
 mod resume;
+mod robustness;
 mod signals;
 mod support;
 mod sweep;
