@@ -9,5 +9,6 @@ mod packed;
 mod registry_minis;
 mod resume;
 mod signals;
+mod stop_rules;
 mod support;
 mod sweep;
