@@ -5,22 +5,12 @@ use sha2::{Digest, Sha256};
 
 use super::Config;
 
-/// Keys that change when or where something happens, never what is computed. Stop rules among them: a run that one of
-/// them ended is the first part of the run without, and goes on in the same directory once they are changed.
+/// Keys that change when or where something happens, never what is computed.
 const OPERATIONAL: [(&str, &[&str]); 2] = [
     ("", &["name", "seed"]),
     (
         "trainer",
-        &[
-            "threads",
-            "val_every",
-            "val_before_train",
-            "val_batch_size",
-            "save_every",
-            "keep_last",
-            "keep_best",
-            "stop_rules",
-        ],
+        &["threads", "val_every", "val_before_train", "val_batch_size", "save_every", "keep_last", "keep_best"],
     ),
 ];
 
@@ -40,6 +30,11 @@ fn identity(config: &Config) -> Value {
         if let Some(map) = section_of(&mut tree, section) {
             names.iter().for_each(|name| drop(map.remove(*name)));
         }
+    }
+    // A run that a stop rule ended is the first part of the run without, and goes on in its directory once the rules are
+    // others. As the empty list and not left out: hashes from before there were rules stay.
+    if let Some(trainer) = section_of(&mut tree, "trainer") {
+        trainer.insert("stop_rules".into(), Value::Array(Vec::new()));
     }
     for (section, names) in LOCATIONS {
         let Some(map) = section_of(&mut tree, section) else {

@@ -10,5 +10,6 @@ mod registry_minis;
 mod resume;
 mod robustness;
 mod signals;
+mod stop_rules;
 mod support;
 mod sweep;

@@ -118,7 +118,7 @@ impl Shared {
         let reading = self.nvml.device_by_index(self.index).map(|device| Reading::of(&device)).unwrap_or_default();
         let foreign = reading.processes.as_deref().and_then(processes::foreign);
         let mut state = self.state();
-        let warnings = state.warned.new(self.index, &reading, foreign.as_deref().unwrap_or_default());
+        let warnings = state.warned.not_said_yet(self.index, &reading, foreign.as_deref().unwrap_or_default());
         state.step.add(Instant::now(), &reading, foreign);
         drop(state);
         warnings.iter().for_each(|line| (self.warn)(line));
@@ -126,7 +126,7 @@ impl Shared {
 }
 
 impl Warned {
-    fn new(&mut self, index: u32, reading: &Reading, foreign: &[processes::GpuProcess]) -> Vec<String> {
+    fn not_said_yet(&mut self, index: u32, reading: &Reading, foreign: &[processes::GpuProcess]) -> Vec<String> {
         let mut lines = Vec::new();
         let trouble: Vec<&str> = reading.trouble().into_iter().filter(|name| self.throttle.insert(name)).collect();
         if !trouble.is_empty() {

@@ -54,8 +54,7 @@ pub fn foreign(all: &[GpuProcess]) -> Option<Vec<GpuProcess>> {
 /// This process, or one whose parents lead to it.
 fn is_ours(pid: u32) -> bool {
     let own = std::process::id();
-    let mut chain = std::iter::successors(Some(pid), |pid| parent(*pid));
-    chain.by_ref().take(100).any(|pid| pid == own)
+    std::iter::successors(Some(pid), |pid| parent(*pid)).take(100).any(|pid| pid == own)
 }
 
 /// The fourth field of /proc/PID/stat; the second, in brackets, may hold blanks and brackets.
