@@ -69,6 +69,9 @@ pub struct CleanArgs {
     /// Remove the records and logs of jobs that are over, too (run directories always stay)
     #[arg(long)]
     pub jobs: bool,
+    /// Keep snapshots that are younger: a submit on its way has no job yet
+    #[arg(long, default_value_t = 60, value_name = "MINUTES")]
+    pub older_than: u32,
 }
 
 /// One host that was named, or all.
@@ -79,26 +82,32 @@ fn selected<'a>(hosts: &'a Hosts, args: &HostArgs) -> Result<Vec<&'a Host>> {
     }
 }
 
-/// What each host says; a host that is not reached is a value.
-fn ask<'a>(hosts: &[&'a Host]) -> Vec<(&'a Host, Result<Overview>)> {
+/// What each host says, all asked at once; a host that is not reached is a value.
+fn ask<'a, T: Send>(
+    hosts: &[&'a Host],
+    question: impl Fn(&Connection) -> Result<T> + Sync,
+) -> Vec<(&'a Host, Result<T>)> {
+    let question = &question;
     std::thread::scope(|scope| {
         let asked: Vec<_> =
-            hosts.iter().map(|host| (*host, scope.spawn(|| job::overview(&Connection { host }, &[])))).collect();
-        let answer = |asked: std::thread::ScopedJoinHandle<Result<Overview>>| {
+            hosts.iter().map(|host| (*host, scope.spawn(move || question(&Connection { host })))).collect();
+        let answer = |asked: std::thread::ScopedJoinHandle<Result<T>>| {
             asked.join().unwrap_or_else(|_| Err(Error::Runtime("asking a host failed".to_string())))
         };
         asked.into_iter().map(|(host, asked)| (host, answer(asked))).collect()
     })
 }
 
-/// The host and the jobs that `text` means. An error of a host counts only where no other one has the job.
-fn find_all<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Vec<Job>)> {
+/// The host and the ids of the jobs that `text` means. An error of a host counts only where no other one has the job.
+fn find_all<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Vec<String>)> {
     let mut failure = None;
     let mut found = Vec::new();
-    for (host, answer) in ask(&selected(hosts, args)?) {
-        match answer.map(|overview| job::all_named(&overview.jobs, text).into_iter().cloned().collect::<Vec<_>>()) {
-            Ok(jobs) if jobs.is_empty() => {}
-            Ok(jobs) => found.push((host, jobs)),
+    let answers = ask(&selected(hosts, args)?, job::ids);
+    let asked = names(&answers);
+    for (host, answer) in answers {
+        match answer.map(|ids| job::all_named(&ids, text).into_iter().map(String::from).collect::<Vec<_>>()) {
+            Ok(ids) if ids.is_empty() => {}
+            Ok(ids) => found.push((host, ids)),
             Err(error) => failure = Some(error),
         }
     }
@@ -106,33 +115,43 @@ fn find_all<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Ho
         let names: Vec<&str> = found.iter().map(|(host, _)| host.name.as_str()).collect();
         return Err(input_error!("{text}: found on {}, expected --host with one of them", names.join(" and ")));
     }
-    let nowhere = || match selected(hosts, args) {
-        Ok(hosts) => {
-            let names: Vec<&str> = hosts.iter().map(|host| host.name.as_str()).collect();
-            input_error!("{text}: no such job on {}", names.join(", "))
-        }
-        Err(error) => error,
-    };
     // That a host was not reached says more than that another one has no such job.
-    found.pop().ok_or_else(|| failure.unwrap_or_else(nowhere))
+    found.pop().ok_or_else(|| failure.unwrap_or_else(|| input_error!("{text}: no such job on {asked}")))
 }
 
 /// The host and the one job that `text` means.
-fn find<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, Job)> {
-    let (host, jobs) = find_all(hosts, args, text)?;
-    Ok((host, job::named(&jobs, text)?.clone()))
+fn find<'a>(hosts: &'a Hosts, args: &HostArgs, text: &str) -> Result<(&'a Host, String)> {
+    let (host, ids) = find_all(hosts, args, text)?;
+    let id = job::named(&ids, text)?.to_string();
+    Ok((host, id))
+}
+
+/// A host's answer about the jobs that `texts` mean (none: all), and which texts mean none of its jobs.
+fn look(connection: &Connection, texts: &[String]) -> Result<(Overview, Vec<String>)> {
+    if texts.is_empty() {
+        return Ok((job::overview(connection, &[])?, Vec::new()));
+    }
+    let ids = job::ids(connection)?;
+    let wanted: Vec<&str> = texts.iter().flat_map(|text| job::all_named(&ids, text)).collect();
+    let missing = texts.iter().filter(|text| job::all_named(&ids, text).is_empty()).cloned().collect();
+    // Without a name the agent would tell of all.
+    let overview = job::overview(connection, if wanted.is_empty() { &[""] } else { &wanted })?;
+    Ok((overview, missing))
 }
 
 pub fn status(args: &StatusArgs, global: &Global) -> Result<()> {
     let hosts = Hosts::find(args.host.hosts.as_deref())?;
-    let answers = ask(&selected(&hosts, &args.host)?);
+    let answers = ask(&selected(&hosts, &args.host)?, |connection| look(connection, &args.jobs));
     let mut jobs =
         common::plain_table(&["host", "job", "state", "try", "on", "step", "reward", "accuracy", "s/step", "note"]);
     let mut gpus = common::plain_table(&["host", "GPU", "name", "use, %", "MiB", "of", "W", "C", "held by"]);
     let (mut out, mut missing, mut shown) = (Vec::new(), args.jobs.clone(), 0);
     for (host, answer) in &answers {
         let overview = match answer {
-            Ok(overview) => overview,
+            Ok((overview, not_there)) => {
+                missing.retain(|text| not_there.contains(text));
+                overview
+            }
             Err(error) => {
                 jobs.add_row([
                     host.name.as_str(),
@@ -153,12 +172,7 @@ pub fn status(args: &StatusArgs, global: &Global) -> Result<()> {
                 continue;
             }
         };
-        let mut selection: Vec<&Job> = overview.jobs.iter().collect();
-        if !args.jobs.is_empty() {
-            missing.retain(|text| job::all_named(&overview.jobs, text).is_empty());
-            selection = args.jobs.iter().flat_map(|text| job::all_named(&overview.jobs, text)).collect();
-        }
-        for job in &selection {
+        for job in &overview.jobs {
             jobs.add_row(job_row(host, job));
             shown += 1;
         }
@@ -170,7 +184,7 @@ pub fn status(args: &StatusArgs, global: &Global) -> Result<()> {
         }
         out.push(json!({
             "host": host.name, "free_bytes": overview.free_bytes, "gpus": overview.gpus,
-            "jobs": selection.iter().map(|job| with_state(job)).collect::<Vec<_>>(),
+            "jobs": overview.jobs.iter().map(with_state).collect::<Vec<_>>(),
         }));
     }
     if let Some(text) = missing.first() {
@@ -225,10 +239,10 @@ fn job_row(host: &Host, job: &Job) -> [String; 10] {
 
 pub fn logs(args: &LogsArgs) -> Result<()> {
     let hosts = Hosts::find(args.host.hosts.as_deref())?;
-    let (host, job) = find(&hosts, &args.host, &args.job)?;
+    let (host, id) = find(&hosts, &args.host, &args.job)?;
     let follow = if args.follow { "follow" } else { "all" };
     let lines = args.lines.to_string();
-    Connection { host }.exchange("logs", &[&job.id, follow, &lines], Input::KeptOpen, |reader| {
+    Connection { host }.exchange("logs", &[&id, follow, &lines], Input::KeptOpen, |reader| {
         let mut line = Vec::new();
         loop {
             line.clear();
@@ -246,10 +260,10 @@ pub fn fetch(args: &FetchArgs, global: &Global) -> Result<()> {
     let console = common::console(global);
     let mut done = Vec::new();
     for text in &args.jobs {
-        let (host, jobs) = find_all(&hosts, &args.host, text)?;
-        for job in jobs {
-            let fetched = fetch::fetch(&Connection { host }, &job.id, &args.out, args.checkpoints, &console)?;
-            let directory = args.out.join(&job.id);
+        let (host, ids) = find_all(&hosts, &args.host, text)?;
+        for id in ids {
+            let fetched = fetch::fetch(&Connection { host }, &id, &args.out, args.checkpoints, &console)?;
+            let directory = args.out.join(&id);
             console.note(&format!(
                 "{}: {} files ({} were here), {:.1} MB over the line",
                 directory.display(),
@@ -258,7 +272,7 @@ pub fn fetch(args: &FetchArgs, global: &Global) -> Result<()> {
                 fetched.bytes as f64 / 1e6
             ));
             done.push(json!({
-                "job": job.id, "host": host.name, "directory": directory, "files": fetched.files,
+                "job": id, "host": host.name, "directory": directory, "files": fetched.files,
                 "unchanged": fetched.unchanged, "bytes": fetched.bytes,
             }));
         }
@@ -270,8 +284,8 @@ pub fn cancel(args: &CancelArgs, global: &Global) -> Result<()> {
     let hosts = Hosts::find(args.host.hosts.as_deref())?;
     let mut done = Vec::new();
     for text in &args.jobs {
-        let (host, job) = find(&hosts, &args.host, text)?;
-        let facts = Connection { host }.facts("cancel", &[&job.id, &args.grace.to_string()])?;
+        let (host, id) = find(&hosts, &args.host, text)?;
+        let facts = Connection { host }.facts("cancel", &[&id, &args.grace.to_string()], Input::Nothing)?;
         let how = facts.iter().find(|(key, _)| key == "cancelled").map_or("", |(_, how)| how.as_str());
         let says = match how {
             "ended" => "had ended before",
@@ -279,8 +293,8 @@ pub fn cancel(args: &CancelArgs, global: &Global) -> Result<()> {
             "kill" => "killed: it did not stop in time",
             _ => return Err(Error::Unavailable(format!("{}: the answer was cut off", host.name))),
         };
-        common::console(global).note(&format!("{}: {says}", job.id));
-        done.push(json!({"job": job.id, "host": host.name, "how": how}));
+        common::console(global).note(&format!("{id}: {says}"));
+        done.push(json!({"job": id, "host": host.name, "how": how}));
     }
     if global.json { super::print(json!({"cancelled": done})) } else { Ok(()) }
 }
@@ -288,7 +302,8 @@ pub fn cancel(args: &CancelArgs, global: &Global) -> Result<()> {
 pub fn clean(args: &CleanArgs, global: &Global) -> Result<()> {
     let hosts = Hosts::find(args.host.hosts.as_deref())?;
     let host = hosts.get(args.host.host.as_deref())?;
-    let facts = Connection { host }.whole_facts("clean", &[if args.jobs { "jobs" } else { "snapshots" }])?;
+    let what = if args.jobs { "jobs" } else { "snapshots" };
+    let facts = Connection { host }.whole_facts("clean", &[what, &args.older_than.to_string()])?;
     let removed: Vec<&str> = facts.iter().filter(|(key, _)| key == "removed").map(|(_, what)| what.as_str()).collect();
     if global.json {
         return super::print(json!({"host": host.name, "removed": removed}));

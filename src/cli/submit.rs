@@ -105,11 +105,11 @@ fn after(args: &Args, connection: &Connection) -> Result<Vec<(After, String)>> {
     if asked.is_empty() || args.dry_run {
         return Ok(asked.into_iter().map(|(when, id)| (when, id.clone())).collect());
     }
-    let overview = job::overview(connection, &[])?;
+    let ids = job::ids(connection)?;
     let host = &connection.host.name;
     let resolve = |(when, text): (After, &String)| {
-        let found = job::named(&overview.jobs, text).map_err(|e| input_error!("--after {e} on {host}"))?;
-        Ok((when, found.id.clone()))
+        let found = job::named(&ids, text).map_err(|e| input_error!("--after {e} on {host}"))?;
+        Ok((when, found.to_string()))
     };
     asked.into_iter().map(resolve).collect()
 }

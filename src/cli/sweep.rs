@@ -152,7 +152,13 @@ fn as_jobs(args: &Args, jobs: &[Job], global: &Global) -> Result<Vec<End>> {
         let snapshot = first.with_config(job.config.to_yaml());
         tasks.push(Task { id: super::submit::job_id(&job.config)?, kind: job.arm.clone(), snapshot });
     }
+    let again = "the same command watches them again, temper cancel stops them";
+    let hint = match &file {
+        Some(_) => again.to_string(),
+        None => format!("{again}: temper cancel JOB --hosts {}", args.out.join(".jobs/hosts.yaml").display()),
+    };
     let fleet = Fleet {
+        hint,
         hosts: hosts.iter().collect(),
         console: &console,
         interrupt: &interrupt,

@@ -63,9 +63,8 @@ impl Connection<'_> {
     }
 
     /// The call as one would type it, for `--dry-run`.
-    pub fn shown(&self, operation: &str, arguments: &[&str], input: &str) -> String {
-        let more = if input.is_empty() { String::new() } else { format!(" and then {input}") };
-        format!("{}   # stdin: the agent{more}", quote::line(self.words(operation, arguments)))
+    pub fn shown(&self, operation: &str, arguments: &[&str]) -> String {
+        quote::line(self.words(operation, arguments))
     }
 
     /// Calls, sends `input`, and lets `read` have the answer.
@@ -105,15 +104,12 @@ impl Connection<'_> {
                 }
             });
             let mut reader = BufReader::new(stdout);
-            let mut greeting = String::new();
-            let greeted = reader.read_line(&mut greeting).is_ok() && greeting == GREETING;
+            let (greeted, before) = greeted(&mut reader);
             let answer = greeted.then(|| read(&mut reader));
             // A call that is left before its end, as after a bad answer, must not wait for the rest of it.
-            if !matches!(answer, Some(Ok(_))) {
-                drop(reader);
-            }
+            drop(reader);
             drop(closed);
-            (answer, complaints.join().unwrap_or_default())
+            (answer, before + &complaints.join().unwrap_or_default())
         });
         self.concluded(child, answer, &complaints)
     }
@@ -126,6 +122,11 @@ impl Connection<'_> {
             return Err(Error::Unavailable(format!("{name}: not reached: {last}")));
         };
         let own = complaints.lines().find_map(|line| line.strip_prefix("error: "));
+        // What went wrong on this side ended the call; how the other side died of it says nothing.
+        let answer = match answer {
+            Err(error) if !matches!(error, Error::Unavailable(_)) => return Err(error),
+            answer => answer,
+        };
         match (code, own) {
             (Some(0), _) => answer.map_err(|e| e.at(name)),
             (Some(2 | 3), Some(own)) => Err(input_error!("{name}: {own}")),
@@ -146,13 +147,13 @@ impl Connection<'_> {
     }
 
     /// An answer of lines `key <tab> value`.
-    pub fn facts(&self, operation: &str, arguments: &[&str]) -> Result<Vec<(String, String)>> {
-        Ok(pairs(&self.text(operation, arguments, Input::Nothing)?))
+    pub fn facts(&self, operation: &str, arguments: &[&str], input: Input) -> Result<Vec<(String, String)>> {
+        Ok(pairs(&self.text(operation, arguments, input)?))
     }
 
     /// The same, for answers that close with `end`: half of one is none.
     pub fn whole_facts(&self, operation: &str, arguments: &[&str]) -> Result<Vec<(String, String)>> {
-        let mut facts = self.facts(operation, arguments)?;
+        let mut facts = self.facts(operation, arguments, Input::Nothing)?;
         match facts.pop() {
             Some((key, _)) if key == END => Ok(facts),
             _ => Err(Error::Unavailable(format!("{}: the connection broke before the answer's end", self.host.name))),
@@ -160,12 +161,31 @@ impl Connection<'_> {
     }
 }
 
-fn pairs(text: &str) -> Vec<(String, String)> {
+/// Lines `key <tab> value`.
+pub fn pairs(text: &str) -> Vec<(String, String)> {
     let pair = |line: &str| {
         let (key, value) = line.split_once('\t').unwrap_or((line, ""));
         (key.to_string(), value.to_string())
     };
     text.lines().map(pair).collect()
+}
+
+/// Reads up to the greeting. A login script or a wrapper may say something before it; where no greeting comes, that is what
+/// there is to show.
+fn greeted(reader: &mut impl BufRead) -> (bool, String) {
+    let mut before = String::new();
+    for _ in 0..200 {
+        let mut line = Vec::new();
+        match reader.read_until(b'\n', &mut line) {
+            Ok(n) if n > 0 => {}
+            _ => break,
+        }
+        if line == GREETING.as_bytes() {
+            return (true, String::new());
+        }
+        before += &String::from_utf8_lossy(&line);
+    }
+    (false, before)
 }
 
 fn said(mut stderr: impl Read) -> String {

@@ -55,6 +55,11 @@ pub fn fetch(
     };
     let directory = out.join(id);
     claim(&directory, &connection.host.name)?;
+    let lock_path = directory.join("remote/.lock");
+    let lock = fs::File::create(&lock_path).map_err(|e| Error::io(&lock_path, e))?;
+    if lock.try_lock().is_err() {
+        bail_input!("{}: another fetch is writing it; wait for it", directory.display());
+    }
     let mut fetched = Fetched::default();
     // A file that is written meanwhile, or that a resume cut back, is asked for once more.
     for round in 0..3 {

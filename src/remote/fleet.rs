@@ -44,6 +44,8 @@ pub struct Fleet<'a> {
     pub interrupt: &'a Interrupt,
     /// Between two looks.
     pub every: Duration,
+    /// What one can do about jobs when this stops watching.
+    pub hint: String,
 }
 
 /// What is known of one task.
@@ -53,6 +55,8 @@ struct Known {
     state: Option<State>,
     /// An end that was there before this call is not this call's end: it is sent once more.
     stale: bool,
+    /// Whether the host has it is not known.
+    doubtful: bool,
     end: Option<End>,
 }
 
@@ -77,7 +81,8 @@ impl Fleet<'_> {
                 return Ok(ends.into_iter().flatten().collect());
             }
             for (number, task) in tasks.iter().enumerate() {
-                if known[number].end.is_some() || (known[number].host.is_some() && !known[number].stale) {
+                let one = &known[number];
+                if one.end.is_some() || one.doubtful || (one.host.is_some() && !one.stale) {
                     continue;
                 }
                 self.check_interrupt()?;
@@ -106,7 +111,7 @@ impl Fleet<'_> {
                 if let Some(job) = overview.jobs.iter().find(|job| job.id == task.id) {
                     let state = job.state();
                     let stale = state.is_over() && state != State::Finished;
-                    *known = Known { host: Some(place), state: (!stale).then_some(state), stale, end: None };
+                    *known = Known { host: Some(place), state: (!stale).then_some(state), stale, ..Known::default() };
                 }
             }
         }
@@ -133,8 +138,15 @@ impl Fleet<'_> {
             install_torch: None,
             check: checked.insert((place, &task.kind)),
         };
-        submit(&Connection { host }, &request, self.console)?;
-        known[number] = Known { host: Some(place), ..Known::default() };
+        match submit(&Connection { host }, &request, self.console) {
+            Ok(_) => known[number] = Known { host: Some(place), ..Known::default() },
+            Err(error @ Error::Unavailable(_)) => {
+                // It may have been started all the same: whether it was, the host says when it answers again.
+                self.console.warn(&format!("{}: {error}", task.id));
+                known[number] = Known { host: Some(place), doubtful: true, ..known[number].clone() };
+            }
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 
@@ -170,9 +182,19 @@ impl Fleet<'_> {
                 Err(error) => return Err(error),
             };
             for (number, task) in tasks.iter().enumerate() {
-                let Some(job) = overview.jobs.iter().find(|job| job.id == task.id && open(&known[number])) else {
+                if !open(&known[number]) {
+                    continue;
+                }
+                let known_before = std::mem::take(&mut known[number].doubtful);
+                let Some(job) = overview.jobs.iter().find(|job| job.id == task.id) else {
+                    // Never arrived, or somebody removed it: it is sent anew.
+                    known[number] = Known::default();
                     continue;
                 };
+                if known_before && known[number].stale && job.state().is_over() {
+                    continue;
+                }
+                known[number].stale = false;
                 self.learn(task, job, host, &mut known[number], || arrived(number, host))?;
             }
         }
@@ -212,7 +234,7 @@ impl Fleet<'_> {
 
     fn check_interrupt(&self) -> Result<()> {
         match self.interrupt.requested() {
-            true => Err(Error::Interrupted("the jobs go on; the same command watches them again".to_string())),
+            true => Err(Error::Interrupted(format!("the jobs go on; {}", self.hint))),
             false => Ok(()),
         }
     }

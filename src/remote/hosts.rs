@@ -10,7 +10,7 @@
 //!     gpus: [0, 1, 2, 3]              # one job on each; a job waits for the first that is free
 //!     libtorch: /opt/torch            # a directory with lib/libtorch_cpu.so
 //!     env: {HF_HOME: /data/hf, HTTPS_PROXY: "http://proxy:3128"}
-//!     setup: module load cuda         # a line of shell, before temper
+//!     setup: . /opt/env.sh            # shell (sh, no login), before temper
 //!   cluster: {executor: slurm, ssh: login, root: /scratch/me/temper, slurm: [--partition=gpu, --gres=gpu:1]}
 //!   here: {executor: local, root: ~/temper-jobs, device: cpu, slots: 2}
 //! ```
@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::run::atomic_file;
 use crate::{Error, Result, bail_input, input_error};
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -70,6 +71,9 @@ pub struct Host {
     pub env: BTreeMap<String, String>,
     #[serde(default)]
     pub setup: Option<String>,
+    /// Where GPUs are locked (default: /tmp/temper-locks, for all roots and users of the machine).
+    #[serde(default)]
+    pub locks: Option<String>,
     /// Options of sbatch.
     #[serde(default)]
     pub slurm: Vec<String>,
@@ -179,6 +183,10 @@ impl Host {
             let path = path.canonicalize().map_err(|e| Error::io(path, e))?;
             path.to_str().map(String::from).ok_or_else(|| input_error!("{}: not UTF-8", path.display()))
         };
+        // By this file `temper status`, `logs` and `cancel` find the jobs.
+        let file = root.join("hosts.yaml");
+        let place = serde_json::to_string(&absolute(&root)?).map_err(|e| Error::Runtime(e.to_string()))?;
+        atomic_file::write(&file, format!("hosts:\n  here: {{executor: local, root: {place}}}\n").as_bytes())?;
         Ok(Host {
             name: "here".to_string(),
             executor: Executor::Local,
@@ -194,6 +202,7 @@ impl Host {
             python: python3(),
             env: BTreeMap::new(),
             setup: None,
+            locks: None,
             slurm: Vec::new(),
             poll_s: 1.0,
             heartbeat_s: five(),
@@ -230,6 +239,9 @@ impl Host {
         self.container.iter().try_for_each(|text| word("container", text))?;
         word("root", &self.root)?;
         word("python", &self.python)?;
+        if self.locks.as_ref().is_some_and(|locks| !locks.starts_with('/')) {
+            bail_input!("locks: found {:?}, expected an absolute path", self.locks.as_deref().unwrap_or_default());
+        }
         if let Some(directory) = &self.directory
             && !(directory.starts_with('/') && self.root.starts_with('/'))
         {

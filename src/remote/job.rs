@@ -68,8 +68,17 @@ pub struct Job {
     pub heartbeat_age_s: Option<u64>,
     supervisor_alive: bool,
     job_alive: bool,
+    /// Its process numbers are those of another container or machine, and its heart beats.
+    elsewhere: bool,
     same_boot: bool,
     cancelled: bool,
+    /// Neither its supervisor nor Slurm has taken it yet.
+    #[serde(skip)]
+    untaken: bool,
+    /// Of what it waits for: token, and the job that had it last.
+    held: Vec<String>,
+    #[serde(skip)]
+    age_s: Option<u64>,
     /// Slurm's number and its word for the state.
     pub slurm: Option<(String, String)>,
     /// The last rows of metrics.jsonl and timing.jsonl.
@@ -109,8 +118,10 @@ impl Job {
                 "FAILED" | "TIMEOUT" | "OUT_OF_MEMORY" | "NODE_FAIL" | "BOOT_FAIL" | "DEADLINE" | "PREEMPTED" => {
                     State::Failed
                 }
-                // Slurm has forgotten it, and it wrote nothing.
+                // Slurm has forgotten it, or took it for done, and it wrote nothing.
+                "" | "COMPLETED" if self.cancelled => State::Cancelled,
                 "" | "COMPLETED" => State::Lost,
+                // UNREACHABLE too.
                 _ => State::Unknown,
             };
         }
@@ -119,6 +130,9 @@ impl Job {
             (true, false) if self.phase == "waiting" => State::Waiting,
             (true, false) if self.phase == "queued" => State::Queued,
             (true, false) => State::Running,
+            (false, false) if self.elsewhere => State::Unknown,
+            // Between its files and its first process; a slow machine takes a while.
+            (false, false) if self.untaken && self.age_s.is_some_and(|age| age < 60) => State::Queued,
             (false, false) if self.cancelled => State::Cancelled,
             (false, false) => State::Lost,
         }
@@ -132,6 +146,12 @@ impl Job {
         }
         if state == State::Lost && !self.same_boot {
             return "the machine was started anew since".to_string();
+        }
+        if state == State::Unknown && self.elsewhere {
+            return "its heart beats, but in another container or on another machine".to_string();
+        }
+        if state == State::Queued && !self.held.is_empty() && self.slurm.is_none() {
+            return format!("held: {}", self.held.join(", "));
         }
         match (state, self.heartbeat_age_s) {
             (State::Running, Some(age)) if age as f64 > 12.0 * heartbeat_s => format!("no heartbeat for {age} s"),
@@ -177,12 +197,18 @@ impl Job {
             "token" => self.token = Some(value).filter(|v| !v.is_empty()),
             "exit_code" => self.exit_code = value.parse().ok(),
             "job.pid" => self.pid = number,
-            "submitted" => self.submitted = number,
+            "submitted" => {
+                self.submitted = number;
+                self.age_s = now.zip(number).map(|(now, then)| now.saturating_sub(then));
+            }
+            "supervisor.pid" => self.untaken = number.is_none(),
+            "held" => self.held.push(value),
             "started" => self.started = number,
             "finished" => self.finished = number,
             "heartbeat" => self.heartbeat_age_s = now.zip(number).map(|(now, beat)| now.saturating_sub(beat)),
             "supervisor_alive" => self.supervisor_alive = true,
             "job_alive" => self.job_alive = true,
+            "elsewhere_alive" => self.elsewhere = true,
             "same_boot" => self.same_boot = true,
             "cancelled" => self.cancelled = true,
             "slurm" => {
@@ -199,23 +225,30 @@ impl Job {
     }
 }
 
-/// The jobs that `text` means: the one with this id, else all whose configuration has this name.
-pub fn all_named<'a>(jobs: &'a [Job], text: &str) -> Vec<&'a Job> {
-    match jobs.iter().find(|job| job.id == text) {
-        Some(job) => vec![job],
-        None => jobs.iter().filter(|job| config_name(&job.id) == text).collect(),
+/// The jobs of a host, by id.
+pub fn ids(connection: &Connection) -> Result<Vec<String>> {
+    let facts = connection.whole_facts("list", &[])?;
+    Ok(facts.into_iter().filter(|(key, _)| key == "job").map(|(_, id)| id).collect())
+}
+
+/// The ids that `text` means: itself, else all whose configuration has this name.
+pub fn all_named<'a>(ids: &'a [String], text: &str) -> Vec<&'a str> {
+    match ids.iter().find(|id| *id == text) {
+        Some(id) => vec![id],
+        None => ids.iter().map(String::as_str).filter(|id| config_name(id) == text).collect(),
     }
 }
 
-/// The one job that `text` means.
-pub fn named<'a>(jobs: &'a [Job], text: &str) -> Result<&'a Job> {
-    match all_named(jobs, text).as_slice() {
-        [job] => Ok(job),
+/// The one id that `text` means.
+pub fn named<'a>(ids: &'a [String], text: &str) -> Result<&'a str> {
+    match all_named(ids, text).as_slice() {
+        [id] => Ok(id),
         [] => Err(input_error!("{text}: no such job")),
-        several => {
-            let ids: Vec<&str> = several.iter().map(|job| job.id.as_str()).collect();
-            Err(input_error!("{text}: found {} jobs of this name, expected one of {}", ids.len(), ids.join(", ")))
-        }
+        several => Err(input_error!(
+            "{text}: found {} jobs of this name, expected one of {}",
+            several.len(),
+            several.join(", ")
+        )),
     }
 }
 
@@ -256,6 +289,12 @@ mod tests {
             (&[("phase", "running"), ("slurm", "17 TIMEOUT")], State::Failed),
             (&[("phase", "queued"), ("slurm", "17 CANCELLED+")], State::Cancelled),
             (&[("phase", "running"), ("slurm", "17 ")], State::Lost),
+            (&[("phase", "queued"), ("slurm", "17 "), ("cancelled", "yes")], State::Cancelled),
+            (&[("phase", "running"), ("slurm", "17 UNREACHABLE")], State::Unknown),
+            (&[("phase", "running"), ("slurm", "17 OUT_OF_MEMORY")], State::Failed),
+            (&[("phase", "running"), ("elsewhere_alive", "yes")], State::Unknown),
+            (&[("phase", "queued"), ("supervisor.pid", ""), ("submitted", "990")], State::Queued),
+            (&[("phase", "queued"), ("supervisor.pid", ""), ("submitted", "900")], State::Lost),
             (&[("phase", "ended"), ("exit_code", "0"), ("slurm", "17 COMPLETED")], State::Finished),
         ] {
             assert_eq!(job(facts).state(), state, "{facts:?}");
@@ -273,10 +312,8 @@ mod tests {
 
     #[test]
     fn a_job_is_named_by_id_or_by_a_name_that_only_it_has() {
-        let jobs: Vec<Job> = ["e9a-x-01234567-s0", "e5c-01234567-s0", "e5c-01234567-s1"]
-            .map(|id| Job { id: id.to_string(), ..Job::default() })
-            .to_vec();
-        let found = |text: &str| named(&jobs, text).map(|job| job.id.clone()).map_err(|e| e.to_string());
+        let ids = ["e9a-x-01234567-s0", "e5c-01234567-s0", "e5c-01234567-s1"].map(String::from);
+        let found = |text: &str| named(&ids, text).map(String::from).map_err(|e| e.to_string());
         assert_eq!(found("e9a-x").as_deref(), Ok("e9a-x-01234567-s0"));
         assert_eq!(found("e5c-01234567-s1").as_deref(), Ok("e5c-01234567-s1"));
         assert!(found("e5c").is_err_and(|e| e.contains("e5c-01234567-s0, e5c-01234567-s1")));

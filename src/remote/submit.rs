@@ -5,7 +5,7 @@ use std::io::Read;
 
 use serde_json::Value;
 
-use super::connection::{Connection, Input};
+use super::connection::{Connection, Input, pairs};
 use super::hosts::{Executor, Host};
 use super::job;
 use super::quote;
@@ -38,34 +38,48 @@ pub struct Request<'a> {
     pub check: bool,
 }
 
-/// One call: the operation, its arguments, and a word for what follows the agent on stdin.
-type Call = (&'static str, Vec<String>, String);
+/// One call of the agent.
+struct Call {
+    operation: &'static str,
+    arguments: Vec<String>,
+    /// What stdin holds after the agent.
+    input: String,
+}
+
+impl Call {
+    fn new(operation: &'static str, arguments: impl IntoIterator<Item = String>) -> Call {
+        Call { operation, arguments: arguments.into_iter().collect(), input: String::new() }
+    }
+
+    fn run(&self, connection: &Connection) -> Result<String> {
+        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
+        connection.text(self.operation, &arguments, Input::Bytes(&mut self.input.as_bytes()))
+    }
+}
 
 impl Request<'_> {
     fn probe(&self) -> Call {
-        ("probe", vec![self.snapshot.blob.clone(), self.snapshot.hash()], String::new())
+        Call::new("probe", [self.snapshot.blob.clone(), self.snapshot.hash()])
     }
 
     fn install(&self, host: &Host) -> Option<Call> {
         let version = self.install_torch?;
-        Some(("install_runtime", vec![host.python.clone(), version.to_string()], String::new()))
+        Some(Call::new("install_runtime", [host.python.clone(), version.to_string()]))
     }
 
     fn blob(&self) -> Call {
-        let what = format!("{} ({} bytes)", self.snapshot.binary.display(), self.snapshot.binary_bytes);
-        ("receive_blob", vec![self.snapshot.blob.clone(), self.snapshot.binary_bytes.to_string()], what)
+        Call::new("receive_blob", [self.snapshot.blob.clone(), self.snapshot.binary_bytes.to_string()])
     }
 
     fn snapshot(&self) -> Call {
         let snapshot = self.snapshot;
-        ("receive_snapshot", vec![snapshot.hash(), snapshot.blob.clone(), snapshot.config.clone()], String::new())
+        Call::new("receive_snapshot", [snapshot.hash(), snapshot.blob.clone(), snapshot.config.clone()])
     }
 
     /// temper, as the job will find it, with other arguments.
     fn attempt(&self, host: &Host, arguments: &[&str]) -> Call {
-        let mut all = vec![launch_script(host, &self.snapshot.hash())];
-        all.extend(arguments.iter().map(|a| a.to_string()));
-        ("try", all, String::new())
+        let call = Call::new("try", arguments.iter().map(|a| a.to_string()));
+        Call { input: launch_script(host, &self.snapshot.hash()), ..call }
     }
 
     fn dry_run_there(&self, host: &Host) -> Call {
@@ -73,22 +87,23 @@ impl Request<'_> {
     }
 
     fn start(&self, host: &Host) -> Call {
-        let after: Vec<String> = self
-            .after
-            .iter()
-            .map(|(when, id)| format!("{} {id}", if *when == After::Ok { "ok" } else { "any" }))
-            .collect();
-        let executor = if host.executor == Executor::Slurm { "slurm" } else { "detached" };
+        let word = |after: &(After, String)| match after {
+            (After::Ok, id) => format!("ok {id}"),
+            (After::Any, id) => format!("any {id}"),
+        };
+        let after: Vec<String> = self.after.iter().map(word).collect();
         let mut all = vec![
-            self.id.to_string(),
-            if self.resume { "resume" } else { "new" }.to_string(),
-            executor.to_string(),
-            self.snapshot.hash(),
-            self.tokens.join(" "),
-            after.join("\n"),
-            launch_script(host, &self.snapshot.hash()),
-            host.slurm.join("\n"),
-            format!("{} {}", host.poll_s, host.heartbeat_s),
+            format!("id={}", self.id),
+            format!("mode={}", if self.resume { "resume" } else { "new" }),
+            format!("executor={}", if host.executor == Executor::Slurm { "slurm" } else { "detached" }),
+            format!("snapshot={}", self.snapshot.hash()),
+            format!("tokens={}", self.tokens.join(" ")),
+            format!("after={}", after.join("\n")),
+            format!("options={}", host.slurm.join("\n")),
+            format!("poll={}", host.poll_s),
+            format!("beat={}", host.heartbeat_s),
+            format!("locks={}", host.locks.as_deref().unwrap_or_default()),
+            "--".to_string(),
         ];
         if let Some(device) = device(host) {
             all.extend(["--device".to_string(), device]);
@@ -97,7 +112,7 @@ impl Request<'_> {
         if self.resume || self.continue_run {
             all.push("--resume".to_string());
         }
-        ("submit", all, String::new())
+        Call { input: launch_script(host, &self.snapshot.hash()), ..Call::new("submit", all) }
     }
 
     fn config_path(&self, host: &Host) -> String {
@@ -136,8 +151,9 @@ fn launch_script(host: &Host, snapshot: &str) -> String {
         lines.push("  export LD_LIBRARY_PATH".to_string());
         lines.push("fi".to_string());
     }
-    lines.extend(host.setup.clone());
-    lines.push(format!("exec \"$TEMPER_ROOT/snapshots/{snapshot}/temper\" \"$@\""));
+    // What it prints is not the job's output; what it fails at must not be trained without.
+    lines.extend(host.setup.iter().map(|setup| format!("{{ {setup}\n}} >&2 || exit 1")));
+    lines.push(format!("exec \"$TEMPER_ROOT/snapshots/{snapshot}/temper\" \"$@\" </dev/null"));
     lines.join("\n")
 }
 
@@ -151,11 +167,19 @@ pub fn shown(connection: &Connection, request: &Request) -> String {
         calls.extend([request.attempt(host, &["doctor", "--json"]), request.dry_run_there(host)]);
     }
     calls.push(request.start(host));
-    let line = |(operation, arguments, input): &Call| {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        connection.shown(operation, &arguments, input)
+    let sent = format!("{} ({} bytes)", request.snapshot.binary.display(), request.snapshot.binary_bytes);
+    let line = |call: &Call| {
+        let arguments: Vec<&str> = call.arguments.iter().map(String::as_str).collect();
+        let input = match call.operation {
+            "receive_blob" => format!(" and {sent}"),
+            _ if call.input.is_empty() => String::new(),
+            _ => " and the launch script".to_string(),
+        };
+        format!("{}   # stdin: the agent{input}", connection.shown(call.operation, &arguments))
     };
-    calls.iter().map(line).collect::<Vec<_>>().join("\n")
+    let lines: Vec<String> = calls.iter().map(line).collect();
+    let script = launch_script(host, &request.snapshot.hash());
+    format!("{}\n\n# the launch script\n{script}", lines.join("\n"))
 }
 
 /// Sends and starts the job; its attempt's number.
@@ -164,10 +188,7 @@ pub fn shown(connection: &Connection, request: &Request) -> String {
 /// `Input`: what the host lacks, a path of the configuration that is not there, a job that is there already. `Unavailable`:
 /// the host was not reached; nothing half is left there.
 pub fn submit(connection: &Connection, request: &Request, console: &Console) -> Result<u64> {
-    let call = |(operation, arguments, _): Call| {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        connection.facts(operation, &arguments)
-    };
+    let call = |call: Call| call.run(connection).map(|text| pairs(&text));
     let host = connection.host;
     if !request.resume {
         refuse_twice(connection, request.id)?;
@@ -209,9 +230,9 @@ fn send_binary(connection: &Connection, request: &Request, console: &Console) ->
     let file = File::open(&snapshot.binary).map_err(|e| Error::io(&snapshot.binary, e))?;
     let mut bar = console.progress(&format!("{}: sending temper", connection.host.name), snapshot.binary_bytes);
     let mut counted = Counted { file, count: |n| bar.inc(n) };
-    let (operation, arguments, _) = request.blob();
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    connection.text(operation, &arguments, Input::Bytes(&mut counted))?;
+    let call = request.blob();
+    let arguments: Vec<&str> = call.arguments.iter().map(String::as_str).collect();
+    connection.text(call.operation, &arguments, Input::Bytes(&mut counted))?;
     bar.finish();
     Ok(())
 }
@@ -233,11 +254,7 @@ impl<F: FnMut(u64)> Read for Counted<F> {
 /// `doctor`, then everything that the run will read, by the binary and in the environment that the job will have.
 fn check(connection: &Connection, request: &Request, console: &Console) -> Result<()> {
     let host = connection.host;
-    let run = |(operation, arguments, _): Call| {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        connection.text(operation, &arguments, Input::Nothing)
-    };
-    let text = run(request.attempt(host, &["doctor", "--json"])).map_err(with_remedy)?;
+    let text = request.attempt(host, &["doctor", "--json"]).run(connection).map_err(with_remedy)?;
     let doctor: Value = serde_json::from_str(&text)
         .map_err(|e| Error::Runtime(format!("{}: temper doctor: {e}: {text:?}", host.name)))?;
     let list = |key: &str| doctor[key].as_array().into_iter().flatten().filter_map(Value::as_str);
@@ -248,7 +265,7 @@ fn check(connection: &Connection, request: &Request, console: &Console) -> Resul
     if wants_gpu && host.executor != Executor::Slurm && doctor["cuda_usable"] != Value::Bool(true) {
         bail_input!("{}: no usable GPU: {}", host.name, doctor["cuda_problem"].as_str().unwrap_or("no word why"));
     }
-    run(request.dry_run_there(host)).map(drop)
+    request.dry_run_there(host).run(connection).map(drop)
 }
 
 /// A loader that does not find libtorch names a file; the user needs to know what to set.

@@ -25,6 +25,27 @@ fn a_job_may_stop_by_itself() {
     client.wait_for_start(&queued);
 }
 
+/// A worker that ignores TERM keeps its card after the run has stopped: cancelling gets rid of it, then or later.
+#[test]
+fn what_a_job_leaves_behind_is_killed_too() {
+    let client = Client::local("slots: 1, env: {MODE: straggler}");
+    for late in [false, true] {
+        let id = client.submit("leaves", &["--set", &format!("seed={}", u8::from(late))]);
+        client.wait_for_start(&id);
+        crate::support::wait_until("its child", || client.run_file(&id, "child").exists());
+        let child: u64 = std::fs::read_to_string(client.run_file(&id, "child")).unwrap().trim().parse().unwrap();
+        if late {
+            client.end(&id, 0);
+            client.wait_for(&id, "finished");
+        }
+        assert!(process_lives(child));
+        let answer = client.succeed(&["cancel", &id, "--json"]);
+        assert!(answer.contains("\"kill\""), "{answer}");
+        crate::support::wait_until("the child is gone", || !process_lives(child));
+        client.wait_for(&id, if late { "finished" } else { "cancelled" });
+    }
+}
+
 #[test]
 fn a_job_that_will_not_stop_is_killed_with_its_children() {
     let client = Client::local("slots: 1, env: {MODE: stubborn}");

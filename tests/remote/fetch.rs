@@ -59,6 +59,45 @@ fn a_broken_fetch_goes_on_and_wrong_bytes_are_fetched_again() {
     assert!(same("timing.jsonl") && same("starts"));
 }
 
+/// What goes wrong on this side is said as that.
+#[test]
+fn a_directory_in_the_way_is_named() {
+    let client = Client::local("slots: 1");
+    let id = client.submit("blocked", &[]);
+    client.wait_for_start(&id);
+    std::fs::create_dir_all(client.path("runs").join(&id).join("metrics.jsonl/x")).unwrap();
+    let output = client.run(&["fetch", &id]);
+    let line = crate::support::text(&output.stderr);
+    assert!(
+        output.status.code() != Some(0) && line.contains("metrics.jsonl") && !line.contains("connection"),
+        "{line}"
+    );
+}
+
+/// A file that was cut or removed between the list and the reading spoils itself alone.
+#[test]
+fn files_that_vanish_do_not_shift_those_after_them() {
+    use temper::remote::connection::{Connection, Input};
+    use temper::remote::hosts::Hosts;
+    let client = Client::local("slots: 1");
+    std::fs::create_dir_all(&client.root).unwrap();
+    std::fs::write(client.root.join("short"), "abc").unwrap();
+    std::fs::write(client.root.join("whole"), "0123456789").unwrap();
+    let hosts = Hosts::find(Some(&client.path("hosts.yaml"))).unwrap();
+    let connection = Connection { host: hosts.get(None).unwrap() };
+    let mut list = &b"0 5 missing\n1 6 short\n4 10 whole\n"[..];
+    let mut bytes = Vec::new();
+    let read = |reader: &mut std::io::BufReader<std::process::ChildStdout>| {
+        std::io::Read::read_to_end(reader, &mut bytes).unwrap();
+        Ok(())
+    };
+    connection.exchange("read_files", &[], Input::Bytes(&mut list), read).unwrap();
+    assert_eq!(bytes.len(), 5 + 65 + 5 + 65 + 6 + 65);
+    assert_eq!((&bytes[..5], &bytes[70..75], &bytes[140..146]), (&[0u8; 5][..], &b"bc\0\0\0"[..], &b"456789"[..]));
+    let expected = temper::remote::snapshot::digest_of(&client.root.join("whole")).unwrap().0;
+    assert_eq!(&bytes[146..210], expected.as_bytes());
+}
+
 #[test]
 fn a_run_of_this_machine_is_not_written_over() {
     let client = Client::local("slots: 1");

@@ -50,6 +50,15 @@ fn a_watcher_that_dies_leaves_the_job_alone_and_no_process_behind() {
     client.end(&id, 0);
     client.wait_for(&id, "finished");
     assert!(client.succeed(&["logs", "-f", &id]).contains(&format!("begins {id}")));
+    // However long it is and however slowly it is read.
+    let log = client.root.join("jobs").join(&id).join("1/log");
+    std::fs::write(&log, "a line of the log\n".repeat(200_000)).unwrap();
+    let mut slow = client.command(&["logs", "-f", "-n", "300000", &id]).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(2));
+    let mut read = String::new();
+    std::io::Read::read_to_string(&mut slow.stdout.take().unwrap(), &mut read).unwrap();
+    assert_eq!(read.lines().count(), 200_000);
+    assert!(slow.wait().unwrap().success());
 }
 
 #[test]
@@ -106,6 +115,33 @@ fn a_job_that_is_killed_from_outside_has_failed_or_is_lost() {
     // What is lost can be resumed.
     client.submit("gone", &["--resume"]);
     client.wait_for(&id, "running");
+}
+
+/// The same files seen from another container: process numbers mean nothing there, and a beating heart says so.
+#[test]
+fn a_job_of_another_container_is_unknown_and_left_alone() {
+    let Some(server) = Sshd::start() else { return };
+    let client = Client::over(&server, "device: cpu");
+    let id = client.submit("contained", &[]);
+    client.wait_for_start(&id);
+    let inside = "#!/bin/sh\nshift 3\nexec unshare -p -f --mount-proc \"$@\"\n";
+    crate::support::program(&server.bin().join("docker"), inside);
+    if !Command::new("unshare").args(["-p", "-f", "--mount-proc", "true"]).status().is_ok_and(|s| s.success()) {
+        println!("skipped: no right to make a namespace of processes");
+        return;
+    }
+    let fields = format!("ssh: localhost, ssh_options: {}, container: other, device: cpu", server.options());
+    client.write_host("box", &fields);
+    assert_eq!(client.state(&id), "unknown");
+    assert!(client.succeed(&["status", &id]).contains("another container"));
+    let line = client.fail(2, &[client.submission("contained"), vec!["--resume".into()]].concat());
+    assert!(line.contains("may still be there"), "{line}");
+    let line = client.fail(1, &["cancel", &id]);
+    assert!(line.contains("another container"), "{line}");
+    client.succeed(&["clean", "--jobs", "--older-than", "0"]);
+    assert_eq!((client.names("jobs").len(), client.names("snapshots").len()), (1, 1));
+    client.write_host("box", &format!("ssh: localhost, ssh_options: {}, device: cpu", server.options()));
+    assert_eq!(client.state(&id), "running");
 }
 
 /// A small file system of its own as root; needs the right to mount.

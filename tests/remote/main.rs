@@ -1,10 +1,12 @@
 //! Batch jobs: a real sshd on loopback, real detached processes, and a stand-in for temper whose end a test decides.
+#![allow(clippy::unwrap_used)]
 
 mod cancel;
 mod executors;
 mod fetch;
 mod links;
 mod queue;
+mod slurm;
 mod sshd;
 mod submit;
 mod support;

@@ -77,6 +77,51 @@ fn a_job_runs_after_another_or_is_skipped() {
     assert!(line.contains("--after e7: no such job"), "{line}");
 }
 
+/// A card belongs to the machine: whoever's root, whoever's sweep.
+#[test]
+fn two_roots_share_a_card() {
+    let (one, other) = (Client::local("gpus: [0]"), Client::local("gpus: [0]"));
+    std::fs::create_dir_all(one.path("locks")).unwrap();
+    std::os::unix::fs::symlink(one.path("locks"), other.path("locks")).unwrap();
+    let first = one.submit("shares", &[]);
+    one.wait_for_start(&first);
+    let second = other.submit("shares", &[]);
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    assert_eq!(other.state(&second), "queued");
+    one.end(&first, 0);
+    other.wait_for_start(&second);
+}
+
+#[test]
+fn many_slots_are_no_problem() {
+    let client = Client::local("slots: 60");
+    let id = client.submit("slots", &[]);
+    client.wait_for_start(&id);
+    assert!(client.job(&id)["token"].as_str().unwrap().starts_with("slot-"));
+}
+
+/// What a waiting job still has to read is not cleaned away, nor is what it will run.
+#[test]
+fn cleaning_leaves_waiting_jobs_what_they_need() {
+    let client = Client::local("slots: 8");
+    let done = client.submit("done", &[]);
+    client.wait_for_start(&done);
+    client.end(&done, 0);
+    client.wait_for(&done, "finished");
+    let blocks = client.submit("blocks", &[]);
+    client.wait_for_start(&blocks);
+    let waits = client.submit("waits", &["--after", "blocks", "--after", "done"]);
+    let other = client.submit("other", &[]);
+    client.wait_for_start(&other);
+    client.end(&other, 0);
+    client.wait_for(&other, "finished");
+    client.succeed(&["clean", "--jobs", "--older-than", "0"]);
+    assert_eq!(client.names("jobs"), [blocks.clone(), done, waits.clone()]);
+    assert_eq!(client.names("snapshots").len(), 2);
+    client.end(&blocks, 0);
+    client.wait_for_start(&waits);
+}
+
 /// Eight devices, twelve jobs: never two on one, never one idle while a job waits.
 #[test]
 fn eight_devices_are_shared_out() {

@@ -37,6 +37,9 @@ fn a_run_over_ssh_is_the_run_here() {
     // The binary went over once; what a finished job does not need can be removed.
     assert_eq!((client.names("blobs").len(), client.names("snapshots").len()), (1, 1));
     client.succeed(&["clean", "--jobs"]);
+    // What is young may belong to a submit on its way.
+    assert_eq!((client.names("snapshots").len(), client.names("jobs").len()), (1, 0));
+    client.succeed(&["clean", "--older-than", "0"]);
     assert_eq!((client.names("blobs").len(), client.names("snapshots").len(), client.names("jobs").len()), (0, 0, 0));
     assert_eq!(client.names("runs"), [id]);
 }
@@ -86,6 +89,52 @@ fn of_two_submits_at_once_one_starts() {
     assert_eq!((client.starts(&id).len(), client.names(&format!("jobs/{id}")).len()), (1, 1));
 }
 
+/// A job that is over before its supervisor has looked at it: it failed, and can be taken up again.
+#[test]
+fn a_job_that_dies_at_once_has_failed() {
+    let client = Client::local("slots: 4, setup: 'exit 7'");
+    for round in 0..3 {
+        let id = client.submit("dies", &["--no-check", "--set", &format!("seed={round}")]);
+        assert_eq!(client.wait_for(&id, "failed")["exit_code"], 7);
+        client.submit("dies", &["--no-check", "--resume", "--set", &format!("seed={round}")]);
+        crate::support::wait_until("the second attempt is over", || {
+            client.job(&id)["attempt"] == 2 && client.state(&id) == "failed"
+        });
+    }
+}
+
+#[test]
+fn of_two_resumes_at_once_one_starts() {
+    let client = Client::local("slots: 4");
+    let id = client.submit("again", &[]);
+    client.wait_for_start(&id);
+    client.end(&id, 1);
+    client.wait_for(&id, "failed");
+    std::fs::remove_file(client.run_file(&id, "stop")).unwrap();
+    let words = [client.submission("again"), vec!["--no-check".into(), "--resume".into()]].concat();
+    let both: Vec<_> = (0..4).map(|_| client.command(&words).spawn().unwrap()).collect();
+    let codes: Vec<_> = both.into_iter().map(|child| child.wait_with_output().unwrap().status.code()).collect();
+    assert_eq!(codes.iter().filter(|code| **code == Some(0)).count(), 1, "{codes:?}");
+    assert_eq!(codes.iter().filter(|code| **code == Some(2)).count(), 3, "{codes:?}");
+    crate::support::wait_until("the second start", || client.starts(&id).len() == 2);
+    assert_eq!(client.names(&format!("jobs/{id}")), ["1", "2"]);
+}
+
+/// Setup's words are not the job's; what they hold is nobody else's.
+#[test]
+fn a_setup_may_speak_and_the_environment_stays_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let client = Client::local("slots: 1, setup: echo welcome, env: {NOTE: secret-word}");
+    let id = client.submit("speaks", &[]);
+    client.wait_for_start(&id);
+    let listed = std::process::Command::new("ps").args(["-eo", "args"]).output().unwrap();
+    assert!(!text(&listed.stdout).contains("secret-word"));
+    let launch = client.root.join("jobs").join(&id).join("1/launch.sh");
+    assert!(std::fs::read_to_string(&launch).unwrap().contains("secret-word"));
+    assert_eq!(launch.metadata().unwrap().permissions().mode() & 0o077, 0);
+    assert!(client.succeed(&["logs", &id]).contains("welcome"));
+}
+
 #[test]
 fn what_the_host_lacks_is_said_before_a_job_exists() {
     let client = Client::local("gpus: [0], env: {CUDA_USABLE: 'false'}");
@@ -94,11 +143,17 @@ fn what_the_host_lacks_is_said_before_a_job_exists() {
     client.write_host("box", "executor: local, env: {MISSING: /data/train.jsonl}");
     let line = client.fail(2, &client.submission("lacks"));
     assert!(line.contains("data.train: /data/train.jsonl: no such file"), "{line}");
-    // The real binary where libtorch is not.
-    client.write_host("box", "executor: local, device: cpu, libtorch: /nowhere, setup: 'LD_BIND_NOW=1'");
-    assert!(client.names("jobs").is_empty());
+    // What the loader says where libtorch is not, with what to do about it.
+    let loader = "temper: error while loading shared libraries: libtorch_cpu.so: cannot open shared object file";
+    program(&client.path("stand-in"), &format!("#!/bin/sh\necho '{loader}' >&2\nexit 127\n"));
+    let line = client.fail(2, &client.submission("lacks"));
+    assert!(line.contains("libtorch_cpu.so") && line.contains("--install-runtime"), "{line}");
+    client.write_host("box", "executor: local, setup: 'echo no such module >&2; false'");
+    let line = client.fail(1, &client.submission("lacks"));
+    assert!(line.contains("no such module"), "{line}");
     let line = client.fail(2, &["submit", client.config("lacks").to_str().unwrap(), "--binary", "/nowhere/temper"]);
     assert!(line.contains("/nowhere/temper"), "{line}");
+    assert!(client.names("jobs").is_empty());
 }
 
 /// Blanks, quotes and what shells act on, in every field that takes a text.
@@ -160,7 +215,9 @@ fn a_dry_run_prints_every_command_and_reaches_nobody() {
     let printed = client.succeed(&words.concat());
     let operations = ["probe", "install_runtime", "receive_blob", "receive_snapshot", "try", "try", "submit"];
     // A command may hold line breaks inside its quotes.
-    let commands: Vec<&str> = printed.split("\nssh ").collect();
+    let (calls, script) = printed.split_once("\n\n# the launch script\n").unwrap();
+    assert!(script.contains("exec \"$TEMPER_ROOT/snapshots/"), "{script}");
+    let commands: Vec<&str> = calls.split("\nssh ").collect();
     assert_eq!(commands.len(), operations.len(), "{printed}");
     for (command, operation) in commands.iter().zip(operations) {
         assert!(command.contains(&format!(" temper {operation} ")), "{operation}: {command}");

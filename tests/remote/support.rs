@@ -10,13 +10,14 @@ use serde_json::Value;
 use crate::sshd::{PATIENCE, Sshd};
 
 /// Writes metrics as a run does, and goes on until `runs/ID/stop` holds its exit code. MODE, from the host's `env`:
-/// stubborn (ignores TERM, as does a child), leaves (a child stays after it), fills (writes until the disk is full).
+/// stubborn (ignores TERM, as does a child), straggler (only a child does), leaves (a child stays after it), fills (writes until the disk is full).
 const STAND_IN: &str = r#"#!/bin/sh
 case " $* " in
 *" doctor "*) echo "{\"to_do\": [], \"cuda_usable\": ${CUDA_USABLE:-true}, \"cuda_problem\": \"no card\"}"; exit 0 ;;
 *" --dry-run "*) [ -z "${MISSING:-}" ] && exit 0; echo "error: data.train: $MISSING: no such file or directory" >&2; exit 2 ;;
 esac
-run=runs/$TEMPER_JOB
+for one; do [ "${before:-}" = --out ] && out=$one; before=$one; done
+run=$out/$TEMPER_JOB
 mkdir -p "$run"
 [ "${MODE:-}" = stubborn ] && trap '' TERM || trap 'echo stopping; exit 130' TERM
 printf '%s|%s|%s|%s\n' "$$" "${CUDA_VISIBLE_DEVICES:-none}" "$*" "${NOTE:-}" >>"$run/starts"
@@ -26,6 +27,7 @@ echo '{"step":3,"step_s":1.5}' >>"$run/timing.jsonl"
 echo "begins $TEMPER_JOB"
 case ${MODE:-} in
 stubborn | leaves) sleep 600 & echo $! >"$run/child" ;;
+straggler) (trap '' TERM; exec sleep 600) & echo $! >"$run/child" ;;
 fills) cat /dev/zero >"$run/zeros"; echo "out of space"; exit 1 ;;
 esac
 while [ ! -e "$run/stop" ]; do sleep 0.05; done
@@ -62,7 +64,9 @@ impl Client {
     pub fn write_host(&self, name: &str, fields: &str) {
         let root = serde_json::to_string(self.root.to_str().unwrap()).unwrap();
         let name = serde_json::to_string(name).unwrap();
-        let text = format!("hosts:\n  {name}: {{root: {root}, poll_s: 0.1, heartbeat_s: 0.3, {fields}}}\n");
+        let locks = self.path("locks").display().to_string();
+        let text =
+            format!("hosts:\n  {name}: {{root: {root}, poll_s: 0.1, heartbeat_s: 0.3, locks: {locks}, {fields}}}\n");
         std::fs::write(self.path("hosts.yaml"), text).unwrap();
     }
 
@@ -81,6 +85,7 @@ impl Client {
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
         command.args(args).current_dir(self.dir.path()).env_remove("TEMPER_HOSTS");
+        command.env("TEMPER_LOCKS", self.path("locks"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }

@@ -32,8 +32,8 @@ fn a_sweep_over_eight_cards_survives_its_controller() {
     let file = sweep(&client, "cards", arms, "seeds: [0, 1, 2]");
     let args = ["sweep", &file, "--gpus", "0,1,2,3,4,5,6,7", "--device", "cpu", "--every", "0.3", "--json"];
     // Somebody else has the first card all the time.
-    std::fs::create_dir_all(client.path("runs/.jobs/locks")).unwrap();
-    let foreign = std::fs::File::create(client.path("runs/.jobs/locks/gpu-0")).unwrap();
+    std::fs::create_dir_all(client.path("locks")).unwrap();
+    let foreign = std::fs::File::create(client.path("locks/gpu-0")).unwrap();
     foreign.lock().unwrap();
     let ended = || {
         let jobs = std::fs::read_dir(client.path("runs/.jobs/jobs")).into_iter().flatten().flatten();
@@ -45,6 +45,8 @@ fn a_sweep_over_eight_cards_survives_its_controller() {
         wait_until("some runs have ended", || ended() >= least);
         controller.kill().unwrap();
         controller.wait().unwrap();
+        // Its jobs can be looked at and stopped without it.
+        client.succeed(&["status", "--hosts", "runs/.jobs/hosts.yaml"]);
     }
     let answer: Value = serde_json::from_str(&client.succeed(&args)).unwrap();
     let all = runs(&answer);

@@ -1,7 +1,8 @@
 # Sending: the binary once, a snapshot for each configuration, and the runtime where asked.
 
 probe() { # BLOB SNAPSHOT
-  need flock setsid sha256sum df find
+  need flock setsid sha256sum df find timeout
+  find / -maxdepth 0 -printf '' 2>/dev/null || fail 1 "find: without -printf; GNU findutils are needed"
   mkdir -p "$root/blobs" "$root/snapshots" "$root/jobs" "$root/locks" "$root/runs" || fail 1 "$root: cannot be made"
   [ -w "$root" ] || fail 1 "$root: not writable"
   # What a lost connection or a power cut left of earlier transfers.
