@@ -1,5 +1,6 @@
-//! What runs gave: their files, statistics, charts.
+//! What runs gave: their files, statistics, charts, a page about them.
 
 pub mod plot;
+pub mod report;
 pub mod run_files;
 pub mod statistics;

@@ -12,6 +12,7 @@ pub mod plan;
 mod prompt;
 pub mod quantize;
 pub mod quickstart;
+pub mod report;
 mod results;
 pub mod scan;
 mod scan_faults;
@@ -65,6 +66,8 @@ enum Command {
     Train(train::Args),
     /// Train arms x seeds of one configuration, one run after the other
     Sweep(sweep::Args),
+    /// One self-contained HTML page about runs or a sweep
+    Report(report::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -140,6 +143,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Quickstart(args) => quickstart::run(args, &cli.global),
         Command::Train(args) => train::run(args, &cli.global),
         Command::Sweep(args) => sweep::run(args, &cli.global),
+        Command::Report(args) => report::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),

@@ -9,6 +9,7 @@
 //! | `tensorboard` | the same scalars as event files |
 //! | `signals` | the first SIGINT or SIGTERM finishes the step, the second leaves at once |
 
+pub(crate) mod atomic_file;
 pub mod checkpoints;
 pub mod console;
 pub mod directory;
@@ -16,8 +17,6 @@ pub mod jsonl;
 pub mod machine;
 pub mod signals;
 pub mod tensorboard;
-
-mod atomic_file;
 
 pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};
 pub use console::{Console, Progress, Verbosity};
