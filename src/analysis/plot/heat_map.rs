@@ -3,15 +3,15 @@
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
-use super::{Area, Drawn, Figure, Frame, Surface, extent, style, text, ticks};
+use super::{Area, Drawn, Figure, Frame, Surface, style, text, ticks};
 
 /// What colours mean.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scale {
     /// A ratio whose middle is 1, from 1/limit to limit by its logarithm; what lies beyond has the colour of the end.
     Ratio { limit: f64 },
-    /// Positive values, by their logarithm, from the lowest to the highest there is.
-    Logarithmic,
+    /// Positive values, by their logarithm.
+    Logarithmic { low: f64, high: f64 },
 }
 
 #[derive(Clone, Debug)]
@@ -31,19 +31,15 @@ const WIDTH: i32 = 1000;
 const LEFT: i32 = 110;
 const RIGHT: i32 = 130;
 const TOP: i32 = 14;
-const BOTTOM: i32 = 66;
+const BOTTOM: i32 = 72;
 const TITLE: i32 = 40;
 
 impl HeatMap {
-    fn finite(&self) -> impl Iterator<Item = f64> {
-        self.values.iter().flatten().copied().filter(|v| !v.is_nan())
-    }
-
     /// Least and greatest value of the colour bar.
-    fn range(&self) -> Option<(f64, f64)> {
+    fn range(&self) -> (f64, f64) {
         match self.scale {
-            Scale::Ratio { limit } => self.finite().next().map(|_| (1.0 / limit, limit)),
-            Scale::Logarithmic => extent(self.finite().filter(|v| *v > 0.0)),
+            Scale::Ratio { limit } => (1.0 / limit, limit),
+            Scale::Logarithmic { low, high } => (low, high),
         }
     }
 
@@ -56,8 +52,9 @@ impl HeatMap {
     }
 
     /// Its step on the colour bar. 0 is below everything; without a value there is none.
-    fn level(&self, value: f64, (low, high): (f64, f64)) -> Option<usize> {
-        if value.is_nan() || (value <= 0.0 && self.scale == Scale::Logarithmic) {
+    fn level(&self, value: f64) -> Option<usize> {
+        let (low, high) = self.range();
+        if value.is_nan() || (value <= 0.0 && matches!(self.scale, Scale::Logarithmic { .. })) {
             return None;
         }
         let at = if high > low { (value.max(0.0) / low).ln() / (high / low).ln() } else { 0.5 };
@@ -72,7 +69,8 @@ impl HeatMap {
         self.row_height() * self.rows.len() as i32
     }
 
-    fn colour_bar<B: DrawingBackend>(&self, area: &Area<B>, (low, high): (f64, f64), top: i32) -> Drawn<()> {
+    fn colour_bar<B: DrawingBackend>(&self, area: &Area<B>, top: i32) -> Drawn<()> {
+        let (low, high) = self.range();
         let (levels, height, left) = (self.levels() as i32, self.height(), WIDTH - RIGHT + 24);
         for level in 0..levels {
             let bottom = top + height - height * level / levels;
@@ -80,7 +78,7 @@ impl HeatMap {
             let cell = Rectangle::new([(left, upper), (left + 20, bottom)], self.colour(level as usize).filled());
             area.draw(&cell).map_err(text)?;
         }
-        let label = style::label(style::LABEL_SIZE - 2, style::muted()).pos(Pos::new(HPos::Left, VPos::Center));
+        let label = style::label(style::LABEL_SIZE - 4, style::muted()).pos(Pos::new(HPos::Left, VPos::Center));
         let middle = (low * high).sqrt();
         let marks = if high > low { vec![(high, 0.0), (middle, 0.5), (low, 1.0)] } else { vec![(low, 0.5)] };
         for (value, at) in marks {
@@ -91,9 +89,9 @@ impl HeatMap {
     }
 
     fn labels<B: DrawingBackend>(&self, area: &Area<B>, columns: &[i32], top: i32) -> Drawn<()> {
-        let style = style::label(style::LABEL_SIZE - 2, style::muted());
+        let style = style::label(style::LABEL_SIZE - 4, style::muted());
         let right = style.clone().pos(Pos::new(HPos::Right, VPos::Center));
-        let every = (24 + self.row_height() - 1) / self.row_height();
+        let every = (26 + self.row_height() - 1) / self.row_height();
         let last = self.rows.len().saturating_sub(1);
         for (row, name) in self.rows.iter().enumerate() {
             // The last row is named always, so those that would touch it are not.
@@ -107,7 +105,7 @@ impl HeatMap {
         let mut free = i32::MIN; // where the next label may begin
         for (column, value) in self.columns.iter().enumerate() {
             let (x, name) = ((columns[column] + columns[column + 1]) / 2, format!("{value:.0}"));
-            let half = 6 * name.len() as i32 + 2;
+            let half = 7 * name.len() as i32 + 2;
             let wanted =
                 column == 0 || ticks::whole(self.columns[0], *self.columns.last().unwrap_or(&0.0), 10).contains(value);
             if wanted && x - half > free {
@@ -115,25 +113,28 @@ impl HeatMap {
                 free = x + half + 8;
             }
         }
-        let middle = ((LEFT + WIDTH - RIGHT) / 2, bottom + 36);
+        let middle = ((LEFT + WIDTH - RIGHT) / 2, bottom + 38);
         area.draw(&Text::new(self.x_label.as_str(), middle, centred)).map_err(text)?;
-        let upright = style::upright(style::LABEL_SIZE - 2, style::muted()).pos(Pos::new(HPos::Center, VPos::Top));
+        let upright = style::upright(style::LABEL_SIZE - 4, style::muted()).pos(Pos::new(HPos::Center, VPos::Top));
         let middle = (6, top + self.height() / 2);
         area.draw(&Text::new(self.y_label.as_str(), middle, upright)).map_err(text)
     }
 }
 
 impl Figure for HeatMap {
-    fn size(&self) -> (u32, u32) {
-        (WIDTH as u32, (TOP + self.height() + BOTTOM + TITLE) as u32)
+    fn size(&self, surface: Surface) -> (u32, u32) {
+        let title = if surface == Surface::File { TITLE } else { 0 };
+        (WIDTH as u32, (TOP + self.height() + BOTTOM + title) as u32)
     }
 
     fn is_empty(&self) -> bool {
-        self.range().is_none()
+        !self.values.iter().flatten().any(|value| self.level(*value).is_some())
     }
 
     fn draw<B: DrawingBackend>(&self, area: &Area<B>, surface: Surface) -> Drawn<Frame> {
-        let Some(range) = self.range() else { return Err(format!("{}: nothing to draw", self.title)) };
+        if self.is_empty() {
+            return Err(format!("{}: nothing to draw", self.title));
+        }
         let top = match surface {
             Surface::File => {
                 let style = style::label(style::TITLE_SIZE, style::ink()).pos(Pos::new(HPos::Center, VPos::Top));
@@ -147,7 +148,7 @@ impl Figure for HeatMap {
         // By colour, so that an SVG can join the cells of one.
         let mut cells: Vec<(usize, usize, usize)> = Vec::new();
         for (row, values) in self.values.iter().enumerate() {
-            let level = |(column, value): (usize, &f64)| Some((self.level(*value, range)?, row, column));
+            let level = |(column, value): (usize, &f64)| Some((self.level(*value)?, row, column));
             cells.extend(values.iter().enumerate().filter_map(level));
         }
         cells.sort_unstable();
@@ -159,7 +160,7 @@ impl Figure for HeatMap {
         let bottom = top + self.height();
         let outline = Rectangle::new([(LEFT, top), (WIDTH - RIGHT, bottom)], style::grid().stroke_width(2));
         area.draw(&outline).map_err(text)?;
-        self.colour_bar(area, range, top)?;
+        self.colour_bar(area, top)?;
         self.labels(area, &edges, top)?;
         Ok(Frame { left: LEFT, top, right: WIDTH - RIGHT, bottom, x: (0.0, f64::from(count)) })
     }
@@ -185,18 +186,18 @@ mod tests {
     #[test]
     fn one_is_the_middle_and_the_ends_hold_what_lies_beyond() {
         let ratios = map(vec![vec![1.0, 0.5, 2.0, 9.0, 0.0, f64::INFINITY, f64::NAN]], Scale::Ratio { limit: 2.0 });
-        let levels: Vec<_> = ratios.values[0].iter().map(|v| ratios.level(*v, (0.5, 2.0))).collect();
+        let levels: Vec<_> = ratios.values[0].iter().map(|v| ratios.level(*v)).collect();
         assert_eq!(levels, [Some(10), Some(0), Some(20), Some(20), Some(0), Some(20), None]);
     }
 
     #[test]
     fn every_value_is_a_cell_and_none_is_none() -> Result<(), Box<dyn std::error::Error>> {
-        let drawn = map(vec![vec![1.0, 0.0], vec![f64::NAN, 10.0]], Scale::Logarithmic);
+        let drawn = map(vec![vec![1.0, 0.0], vec![f64::NAN, 10.0]], Scale::Logarithmic { low: 1.0, high: 10.0 });
         let (svg, frame) = plot::svg(&drawn)?;
         let cells = svg.matches(&format!("M{} ", frame.left)).count()
             + svg.matches(&format!("M{} ", (LEFT + WIDTH - RIGHT) / 2)).count();
         assert_eq!(cells, 2, "{svg}");
-        assert!(map(vec![vec![f64::NAN, 0.0]], Scale::Logarithmic).is_empty());
+        assert!(map(vec![vec![f64::NAN, 0.0]], Scale::Logarithmic { low: 1.0, high: 1.0 }).is_empty());
         Ok(())
     }
 }

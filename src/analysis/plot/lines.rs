@@ -12,13 +12,13 @@ pub enum Stroke {
     /// One seed of several.
     Thin,
     Solid,
-    /// What was planned.
+    /// What was planned, in ink and on top; its band is what a check lets pass.
     Dashed,
     /// Few values, each worth seeing.
     Dotted,
 }
 
-/// One line and what belongs to it. What is not finite is left out.
+/// One line and what belongs to it. What is not finite is left out, and the line broken there.
 #[derive(Clone, Debug)]
 pub struct Series {
     /// In the legend; None: not there.
@@ -50,7 +50,7 @@ pub struct LineChart {
 }
 
 const SIZE: (u32, u32) = (840, 480);
-const LEGEND_ROW: i32 = 28;
+const LEGEND_ROW: i32 = 36;
 
 impl LineChart {
     /// One dotted line per name, in the order of the palette.
@@ -70,8 +70,7 @@ impl LineChart {
     }
 
     fn points(&self, series: &Series) -> Vec<(f64, f64)> {
-        let points = series.points.iter().map(|(x, y)| (*x, self.y(*y)));
-        points.filter(|(x, y)| x.is_finite() && y.is_finite()).collect()
+        series.points.iter().map(|(x, y)| (*x, self.y(*y))).collect()
     }
 
     /// Bands and whiskers, as drawn.
@@ -91,18 +90,26 @@ impl LineChart {
 
     fn line<B: DrawingBackend>(&self, area: &Plane<B>, series: &Series) -> Drawn<()> {
         let (points, colour) = (self.points(series), style::line(series.colour));
-        match series.stroke {
-            Stroke::Thin => area.draw(&PathElement::new(points, colour.mix(0.4).stroke_width(2))).map_err(text),
-            Stroke::Solid => area.draw(&PathElement::new(points, colour.stroke_width(4))).map_err(text),
-            Stroke::Dashed => {
-                let dashes = DashedLineSeries::new(points, 10, 7, colour.stroke_width(3));
-                dashes.into_iter().try_for_each(|dash| area.draw(&dash)).map_err(text)
+        let stroke = match series.stroke {
+            Stroke::Thin => colour.mix(0.4).stroke_width(2),
+            Stroke::Dashed => style::ink().stroke_width(2),
+            Stroke::Solid | Stroke::Dotted => colour.stroke_width(4),
+        };
+        // A line ends where a value is missing.
+        for part in points.split(|(x, y)| !x.is_finite() || !y.is_finite()).filter(|part| !part.is_empty()) {
+            if series.stroke == Stroke::Dashed {
+                let dashes = DashedLineSeries::new(part.to_vec(), 9, 9, stroke);
+                dashes.into_iter().try_for_each(|dash| area.draw(&dash)).map_err(text)?;
+            } else {
+                area.draw(&PathElement::new(part.to_vec(), stroke)).map_err(text)?;
             }
-            Stroke::Dotted => {
-                area.draw(&PathElement::new(points.clone(), colour.stroke_width(4))).map_err(text)?;
-                points.into_iter().try_for_each(|p| area.draw(&Circle::new(p, 6, colour.filled()))).map_err(text)
+            let alone = part.len() == 1 && series.stroke != Stroke::Dashed;
+            for point in part.iter().filter(|_| alone || series.stroke == Stroke::Dotted) {
+                let radius = if series.stroke == Stroke::Dotted { 6 } else { 3 };
+                area.draw(&Circle::new(*point, radius, colour.filled())).map_err(text)?;
             }
         }
+        Ok(())
     }
 }
 
@@ -134,7 +141,7 @@ impl Ranged for Axis {
 }
 
 impl Figure for LineChart {
-    fn size(&self) -> (u32, u32) {
+    fn size(&self, _: Surface) -> (u32, u32) {
         SIZE
     }
 
@@ -159,12 +166,14 @@ impl Figure for LineChart {
             }
             Surface::Page => area.clone(),
         };
+        // A page says it beside the title.
+        let y_label = if surface == Surface::Page { "" } else { self.y_label.as_str() };
         let widest = y_ticks.iter().map(|t| self.y_text(*t).len()).max().unwrap_or(1) as u32;
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
             .margin_right(18)
-            .x_label_area_size(if self.x_label.is_empty() { 34 } else { 60 })
-            .y_label_area_size(if self.y_label.is_empty() { 18 } else { 46 } + 12 * widest)
+            .x_label_area_size(74)
+            .y_label_area_size(if y_label.is_empty() { 24 } else { 60 } + 14 * widest)
             .build_cartesian_2d(
                 Axis { low: x.0, high: x.1, ticks: x_ticks },
                 Axis { low: y.0, high: y.1, ticks: y_ticks },
@@ -176,9 +185,7 @@ impl Figure for LineChart {
         mesh.disable_x_mesh().bold_line_style(style::grid().stroke_width(2)).light_line_style(TRANSPARENT);
         mesh.axis_style(style::grid().stroke_width(2)).x_label_formatter(&whole).y_label_formatter(&value);
         mesh.label_style(style::label(style::LABEL_SIZE, style::muted()));
-        mesh.axis_desc_style(style::label(style::LABEL_SIZE, style::muted()))
-            .x_desc(&self.x_label)
-            .y_desc(&self.y_label);
+        mesh.axis_desc_style(style::label(style::LABEL_SIZE, style::muted())).x_desc(&self.x_label).y_desc(y_label);
         mesh.draw().map_err(text)?;
 
         let plane = chart.plotting_area();
@@ -186,12 +193,19 @@ impl Figure for LineChart {
             let band = self.spans(&series.band);
             let outline = band.iter().map(|(x, low, _)| (*x, *low)).chain(band.iter().rev().map(|(x, _, h)| (*x, *h)));
             if band.len() > 1 {
-                let fill = style::line(series.colour).mix(0.16).filled();
+                let dashed = series.stroke == Stroke::Dashed;
+                let colour = if dashed { style::muted() } else { style::line(series.colour) };
+                let fill = colour.mix(if dashed { 0.08 } else { 0.13 }).filled();
                 plane.draw(&Polygon::new(outline.collect::<Vec<_>>(), fill)).map_err(text)?;
             }
         }
         let mut ordered: Vec<&Series> = self.series.iter().collect();
-        ordered.sort_by_key(|series| series.stroke != Stroke::Thin); // single seeds under their mean
+        // Single seeds under their mean, and the plan over all.
+        ordered.sort_by_key(|series| match series.stroke {
+            Stroke::Thin => 0,
+            Stroke::Dashed => 2,
+            _ => 1,
+        });
         for series in ordered {
             let stroke = style::line(series.colour).stroke_width(3);
             for (x, low, high) in self.spans(&series.whiskers) {
@@ -207,8 +221,12 @@ impl Figure for LineChart {
 impl LineChart {
     /// Room above and below; what is never negative keeps 0 as its ground.
     fn widened(&self, (low, high): (f64, f64)) -> (f64, f64) {
-        let margin =
-            if high > low { 0.06 * (high - low) } else { 0.05 * high.abs().max(if self.log_y { 10.0 } else { 1e-9 }) };
+        let margin = match high > low {
+            true => 0.06 * (high - low),
+            false if self.log_y => 0.5,
+            false if high == 0.0 => 1.0,
+            false => 0.05 * high.abs(),
+        };
         let below = low - margin;
         (if !self.log_y && low >= 0.0 { below.max(0.0) } else { below }, high + margin)
     }
@@ -227,7 +245,7 @@ fn legend_places(series: &[&Series], width: u32) -> Vec<(i32, i32)> {
     let (mut x, mut y) = (24, 4);
     let mut places = Vec::new();
     for name in series.iter().filter_map(|s| s.name.as_ref()) {
-        let wide = 60 + 11 * name.chars().count() as i32;
+        let wide = 64 + 15 * name.chars().count() as i32;
         if x + wide > width as i32 && x > 24 {
             (x, y) = (24, y + LEGEND_ROW);
         }
@@ -239,11 +257,11 @@ fn legend_places(series: &[&Series], width: u32) -> Vec<(i32, i32)> {
 
 fn draw_legend<B: DrawingBackend>(area: &Area<B>, series: &[&Series]) -> Drawn<()> {
     for ((x, y), series) in legend_places(series, SIZE.0).into_iter().zip(series) {
-        let colour = style::line(series.colour);
-        let swatch =
-            if series.stroke == Stroke::Dashed { vec![(x, x + 10), (x + 16, x + 26)] } else { vec![(x, x + 26)] };
+        let dashed = series.stroke == Stroke::Dashed;
+        let colour = if dashed { style::ink() } else { style::line(series.colour) };
+        let swatch = if dashed { vec![(x, x + 10), (x + 16, x + 26)] } else { vec![(x, x + 26)] };
         for (from, to) in swatch {
-            area.draw(&PathElement::new([(from, y + 12), (to, y + 12)], colour.stroke_width(4))).map_err(text)?;
+            area.draw(&PathElement::new([(from, y + 16), (to, y + 16)], colour.stroke_width(4))).map_err(text)?;
         }
         let name = series.name.as_deref().unwrap_or_default();
         area.draw(&Text::new(name, (x + 34, y + 2), style::label(style::LABEL_SIZE - 2, style::ink())))

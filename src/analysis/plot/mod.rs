@@ -52,7 +52,7 @@ pub type Drawn<T> = std::result::Result<T, String>;
 /// What can be drawn on any backend.
 pub trait Figure {
     /// Width and height in pixels.
-    fn size(&self) -> (u32, u32);
+    fn size(&self, surface: Surface) -> (u32, u32);
     /// Whether there is no finite value to draw.
     fn is_empty(&self) -> bool;
     fn draw<B: DrawingBackend>(&self, area: &Area<B>, surface: Surface) -> Drawn<Frame>;
@@ -69,7 +69,7 @@ pub fn write(figure: &impl Figure, stem: &Path) -> Result<()> {
     let (svg, png) = (stem.with_extension("svg"), stem.with_extension("png"));
     let text = svg_text(figure, Surface::File)?.0;
     std::fs::write(&svg, text).map_err(|e| Error::io(&svg, e))?;
-    let area = BitMapBackend::new(&png, figure.size()).into_drawing_area();
+    let area = BitMapBackend::new(&png, figure.size(Surface::File)).into_drawing_area();
     on(figure, &area, Surface::File).map_err(|e| Error::Runtime(format!("{}: {e}", png.display())))?;
     Ok(())
 }
@@ -82,7 +82,7 @@ pub fn svg(figure: &impl Figure) -> Result<(String, Frame)> {
 fn svg_text(figure: &impl Figure, surface: Surface) -> Result<(String, Frame)> {
     let mut text = String::new();
     let frame = {
-        let area = SVGBackend::with_string(&mut text, figure.size()).into_drawing_area();
+        let area = SVGBackend::with_string(&mut text, figure.size(surface)).into_drawing_area();
         on(figure, &area, surface).map_err(Error::Runtime)?
     };
     Ok((compact::compact(&text), frame))

@@ -7,8 +7,8 @@ use plotters::style::{FontTransform, IntoFont, RGBColor, TextStyle};
 
 pub const FONT: &str = "sans-serif";
 /// In pixels of the drawing, which a page shows at about half its size.
-pub const LABEL_SIZE: u32 = 22;
-pub const TITLE_SIZE: u32 = 26;
+pub const LABEL_SIZE: u32 = 28;
+pub const TITLE_SIZE: u32 = 30;
 
 /// A colour on light and on dark ground.
 type Pair = (u32, u32);

@@ -9,7 +9,7 @@ use super::arms::{Arm, Run};
 use super::shown::{MACHINE, Planned, Section, Shown, Source, gpu_title, gpu_unit};
 use super::{Figure, Group, Plot};
 use crate::analysis::plot::ticks::number;
-use crate::analysis::plot::{Figure as _, LineChart, Series, Stroke};
+use crate::analysis::plot::{LineChart, Series, Stroke};
 use crate::analysis::run_files::correct;
 use crate::analysis::statistics::wilson_interval;
 use crate::rl::evaluation::Condition;
@@ -91,10 +91,8 @@ pub(super) fn machine(arms: &[Arm]) -> Group {
     let rows = arms.iter().flat_map(|arm| &arm.runs).flat_map(|run| &run.timing).filter_map(Value::as_object);
     let keys: BTreeSet<&String> = rows.flat_map(|row| row.keys()).filter(|key| key.starts_with("gpu_")).collect();
     for key in keys {
-        let (unit, factor) = gpu_unit(key);
-        let value = |_: &Run, row: &Value| row[key.as_str()].as_f64().map(|v| v * factor);
-        let curves: Vec<Curve> = arms.iter().map(|arm| Curve::of(arm, Source::Timing, value)).collect();
-        group.figures.extend(lines(arms, key, &gpu_title(key), unit, false, "", curves, Vec::new()));
+        let (title, (unit, factor)) = (gpu_title(key), gpu_unit(key));
+        group.figures.extend(figure(arms, &Shown { factor, ..Shown::timed(key, &title, unit, key) }));
     }
     group
 }
@@ -104,22 +102,18 @@ fn figure(arms: &[Arm], shown: &Shown) -> Option<Figure> {
     let curve = |arm| Curve::of(arm, shown.source, |_, row| value(row).map(|v| v * shown.factor));
     let plan = |arm| Curve::of(arm, shown.source, |run, row| value(row).and_then(|_| shown.planned.value(run, row)));
     let planned = if shown.planned == Planned::Nothing { Vec::new() } else { arms.iter().map(plan).collect() };
-    lines(arms, shown.id, shown.title, shown.unit, shown.log, shown.note, arms.iter().map(curve).collect(), planned)
+    lines(arms, shown, arms.iter().map(curve).collect(), planned)
 }
 
 /// None where there is nothing to see.
-fn lines(
-    arms: &[Arm],
-    id: &str,
-    title: &str,
-    unit: &str,
-    log_y: bool,
-    note: &str,
-    curves: Vec<Curve>,
-    planned: Vec<Curve>,
-) -> Option<Figure> {
-    let mut chart =
-        LineChart { title: title.into(), x_label: "step".into(), y_label: unit.into(), log_y, series: Vec::new() };
+fn lines(arms: &[Arm], shown: &Shown, curves: Vec<Curve>, planned: Vec<Curve>) -> Option<Figure> {
+    let mut chart = LineChart {
+        title: shown.title.into(),
+        x_label: "step".into(),
+        y_label: shown.unit.into(),
+        log_y: shown.log,
+        series: Vec::new(),
+    };
     let (mut last, mut values) = (Vec::new(), Vec::new());
     for (place, (arm, curve)) in arms.iter().zip(&curves).enumerate() {
         if curve.steps.is_empty() {
@@ -133,22 +127,45 @@ fn lines(
         }
         let mut line = Series::new(Some(arm.label.clone()), place, Stroke::Solid, curve.mean());
         line.band = curve.band();
-        last.extend(curve.mean().last().map(|(_, v)| (place, arm.label.clone(), number(*v))));
+        last.extend(curve.mean().last().map(|(_, v)| (place, arm.label.clone(), short(*v))));
         chart.series.push(line);
         let plan = planned.get(place).filter(|plan| !plan.steps.is_empty());
-        if let Some(plan) = plan {
-            chart.series.push(Series::new(Some(format!("{}, planned", arm.label)), place, Stroke::Dashed, plan.mean()));
-        }
         values.push(curve.json(place, arm, plan));
     }
+    chart.series.extend(plans(&planned, shown.planned.tolerance()));
     let averaged = curves.iter().map(|curve| curve.averaged).max().unwrap_or(1);
     let note = match averaged {
-        1 => note.to_string(),
-        n => format!("{note} Each point is the mean of {n} steps.").trim().to_string(),
+        1 => shown.note.to_string(),
+        n => format!("{} Each point is the mean of {n} steps.", shown.note).trim().to_string(),
     };
-    let values = json!({"unit": unit, "arms": values});
-    let figure = Figure { id: id.to_string(), title: title.to_string(), note, plot: Plot::Lines(chart), last, values };
-    matches!(&figure.plot, Plot::Lines(chart) if !chart.is_empty()).then_some(figure)
+    let values = json!({"unit": shown.unit, "arms": values});
+    let figure = Figure {
+        id: shown.id.to_string(),
+        title: shown.title.to_string(),
+        unit: shown.unit.to_string(),
+        note,
+        plot: Plot::Lines(chart),
+        last,
+        values,
+    };
+    (!figure.plot.is_empty()).then_some(figure)
+}
+
+/// Each plan once: arms often share theirs.
+fn plans(planned: &[Curve], tolerance: f64) -> Vec<Series> {
+    let mut series: Vec<Series> = Vec::new();
+    for points in planned.iter().filter(|plan| !plan.steps.is_empty()).map(Curve::mean) {
+        if !series.iter().any(|known| known.points == points) {
+            let name = series.is_empty().then(|| "planned".to_string());
+            let mut line = Series::new(name, 0, Stroke::Dashed, points);
+            if tolerance > 0.0 {
+                line.band =
+                    line.points.iter().map(|(x, y)| (*x, y * (1.0 - tolerance), y * (1.0 + tolerance))).collect();
+            }
+            series.push(line);
+        }
+    }
+    series
 }
 
 /// A chart per condition: mean over seeds, each seed, and Wilson's interval of the mean for the questions of one run:
@@ -160,7 +177,7 @@ pub(super) fn accuracy(arms: &[Arm]) -> Group {
         let id = format!("accuracy_{}", condition.name());
         let title = format!("Accuracy, {}", condition.name());
         let last_step = curves.iter().filter_map(|curve| curve.steps.last()).max().copied().unwrap_or(0) as f64;
-        let mut figure = lines(arms, &id, &title, "%", false, "", curves, Vec::new())?;
+        let mut figure = lines(arms, &Shown::of(&id, &title, "%", ""), curves, Vec::new())?;
         let Plot::Lines(chart) = &mut figure.plot else { return None };
         for series in chart.series.iter_mut().filter(|series| series.stroke == Stroke::Solid) {
             let n = questions(&arms[series.colour], condition)?;
@@ -196,6 +213,11 @@ fn mean(values: impl Iterator<Item = f64>) -> f64 {
 pub(super) fn rounded(value: f64, digits: usize) -> Value {
     let text = format!("{value:.*e}", digits - 1);
     json!(text.parse::<f64>().ok().filter(|v| v.is_finite()))
+}
+
+/// To three digits.
+fn short(value: f64) -> String {
+    number(format!("{value:.2e}").parse().unwrap_or(value))
 }
 
 /// An arm's label as part of a file's name.

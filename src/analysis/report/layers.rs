@@ -119,17 +119,20 @@ type Shown = (&'static str, &'static str, fn(&Cell) -> &Sums, fn(&Sums) -> f64, 
 const SHOWN: [Shown; 4] = [
     ("aqn_std", "AQN, measured standard deviation", |c| &c.aqn, Sums::measured, false),
     ("aqn_ratio", "AQN, measured / planned", |c| &c.aqn, Sums::ratio, true),
-    ("matmul_forward_ratio", "matmul noise forward, measured / planned", |c| &c.forward, Sums::ratio, true),
-    ("matmul_backward_ratio", "matmul noise backward, measured / planned", |c| &c.backward, Sums::ratio, true),
+    ("matmul_forward_ratio", "Matmul noise forward, measured / planned", |c| &c.forward, Sums::ratio, true),
+    ("matmul_backward_ratio", "Matmul noise backward, measured / planned", |c| &c.backward, Sums::ratio, true),
 ];
 
 pub(super) fn group(arms: &[Arm]) -> Group {
     let mut figures = Vec::new();
     for (id, title, part, value, is_ratio) in SHOWN {
-        for (place, arm) in arms.iter().enumerate() {
-            let Some(map) = map(arm, part, value, is_ratio) else { continue };
+        let grids: Vec<Grid> = arms.iter().map(|arm| grid(arm, part, value)).collect();
+        // One scale for all arms, so that they can be compared by eye.
+        let Some(scale) = scale(&grids, is_ratio) else { continue };
+        for (place, (arm, grid)) in arms.iter().zip(grids).enumerate() {
             let name = if arms.len() > 1 { format!("{title}: {}", arm.label) } else { title.to_string() };
-            figures.push(figure(format!("layers_{id}_{}", curves::file_name(&arm.label)), name, place, map));
+            let id = format!("layers_{id}_{}", curves::file_name(&arm.label));
+            figures.extend(figure(id, name, place, grid, scale));
         }
     }
     let note = "What the tensors used show, pooled over a layer's modules and an arm's seeds. In a map of measured / \
@@ -138,9 +141,17 @@ pub(super) fn group(arms: &[Arm]) -> Group {
     Group { id: "layers", title: "Layers", note: note.to_string(), figures }
 }
 
-fn map(arm: &Arm, part: fn(&Cell) -> &Sums, value: fn(&Sums) -> f64, is_ratio: bool) -> Option<HeatMap> {
+/// An arm's values by layer and column.
+struct Grid {
+    layers: Vec<u32>,
+    per_column: u64,
+    /// By layer.
+    values: Vec<Vec<f64>>,
+}
+
+fn grid(arm: &Arm, part: fn(&Cell) -> &Sums, value: fn(&Sums) -> f64) -> Grid {
     let all = || arm.runs.iter().flat_map(|run| &run.layers.0);
-    let last_step = all().map(|((_, step), _)| *step).max()?;
+    let last_step = all().map(|((_, step), _)| *step).max().unwrap_or(0);
     let per_column = last_step.div_ceil(MOST_COLUMNS as u64).max(1);
     let column_of = |step: u64| (step.max(1) - 1) / per_column;
     let mut pooled: BTreeMap<(u32, u64), Sums> = BTreeMap::new();
@@ -152,41 +163,64 @@ fn map(arm: &Arm, part: fn(&Cell) -> &Sums, value: fn(&Sums) -> f64, is_ratio: b
     }
     let mut layers: Vec<u32> = pooled.keys().map(|(layer, _)| *layer).collect();
     layers.dedup();
-    let columns = 0..=column_of(last_step);
     let cell = |layer: u32, column: u64| pooled.get(&(layer, column)).map_or(f64::NAN, value);
-    let values: Vec<Vec<f64>> =
-        layers.iter().map(|layer| columns.clone().map(|column| cell(*layer, column)).collect()).collect();
-    let scale = if is_ratio { Scale::Ratio { limit: limit(&values) } } else { Scale::Logarithmic };
-    let map = HeatMap {
-        title: String::new(),
-        x_label: if per_column > 1 { format!("step ({per_column} to a column)") } else { "step".to_string() },
-        y_label: "layer".to_string(),
-        columns: columns.map(|column| (column * per_column + 1) as f64).collect(),
-        rows: layers.iter().map(|l| if *l == FINAL { "final".to_string() } else { l.to_string() }).collect(),
-        values,
-        scale,
-    };
-    (!crate::analysis::plot::Figure::is_empty(&map)).then_some(map)
+    let row = |layer: &u32| (0..=column_of(last_step)).map(|column| cell(*layer, column)).collect();
+    Grid { values: layers.iter().map(row).collect(), layers, per_column }
 }
 
-fn limit(ratios: &[Vec<f64>]) -> f64 {
-    let mut distances: Vec<f64> =
-        ratios.iter().flatten().filter(|r| !r.is_nan()).map(|r| r.max(1.0 / r.max(1e-9))).collect();
+/// None where nothing was injected.
+fn scale(grids: &[Grid], is_ratio: bool) -> Option<Scale> {
+    let values: Vec<f64> =
+        grids.iter().flat_map(|grid| grid.values.iter().flatten()).copied().filter(|v| !v.is_nan()).collect();
+    if is_ratio {
+        return (!values.is_empty()).then(|| Scale::Ratio { limit: limit(&values) });
+    }
+    let positive = || values.iter().copied().filter(|v| *v > 0.0);
+    let (low, high) = (positive().reduce(f64::min)?, positive().reduce(f64::max)?);
+    Some(Scale::Logarithmic { low, high })
+}
+
+fn limit(ratios: &[f64]) -> f64 {
+    let mut distances: Vec<f64> = ratios.iter().map(|r| r.max(1.0 / r.max(1e-9))).collect();
     distances.sort_by(f64::total_cmp);
     let most = distances.get(distances.len() * 99 / 100).copied().unwrap_or(1.0);
     LIMITS.into_iter().find(|limit| most <= *limit).unwrap_or(LIMITS[LIMITS.len() - 1])
 }
 
-fn figure(id: String, title: String, place: usize, mut map: HeatMap) -> Figure {
-    map.title = title.clone();
-    let note = match map.scale {
+fn figure(id: String, title: String, place: usize, grid: Grid, scale: Scale) -> Option<Figure> {
+    let note = match scale {
         Scale::Ratio { limit } => format!("Colours end at 1/{limit} and {limit}."),
-        Scale::Logarithmic => "Logarithmic colours.".to_string(),
+        Scale::Logarithmic { .. } => "Logarithmic colours.".to_string(),
     };
+    let columns: Vec<u64> = (0..grid.values.first()?.len() as u64).map(|c| c * grid.per_column + 1).collect();
+    let rows: Vec<String> =
+        grid.layers.iter().map(|layer| if *layer == FINAL { "final".to_string() } else { layer.to_string() }).collect();
     let short = |v: &f64| curves::rounded(*v, 4);
-    let values: Vec<Vec<Value>> = map.values.iter().map(|row| row.iter().map(short).collect()).collect();
-    let values = json!({"columns": map.columns.iter().map(|c| *c as u64).collect::<Vec<_>>(), "rows": map.rows, "cells": values});
-    Figure { id, title, note, plot: Plot::Map(map), last: vec![(place, String::new(), String::new())], values }
+    let cells: Vec<Vec<Value>> = grid.values.iter().map(|row| row.iter().map(short).collect()).collect();
+    let values = json!({"columns": columns, "rows": rows, "cells": cells});
+    let x_label = match grid.per_column {
+        1 => "step".to_string(),
+        n => format!("step ({n} to a column)"),
+    };
+    let map = HeatMap {
+        title: title.clone(),
+        x_label,
+        y_label: "layer".to_string(),
+        columns: columns.iter().map(|c| *c as f64).collect(),
+        rows,
+        values: grid.values,
+        scale,
+    };
+    let figure = Figure {
+        id,
+        title,
+        unit: String::new(),
+        note,
+        last: vec![(place, String::new(), String::new())],
+        values,
+        plot: Plot::Map(map),
+    };
+    (!figure.plot.is_empty()).then_some(figure)
 }
 
 #[cfg(test)]
@@ -220,8 +254,8 @@ mod tests {
 
     #[test]
     fn colours_reach_as_far_as_most_cells() {
-        assert_eq!(limit(&[vec![1.0, 0.99, 1.01]]), 1.02);
-        assert_eq!(limit(&[vec![0.5, 1.0]]), 2.0);
-        assert_eq!(limit(&[vec![0.0, f64::NAN]]), 2.0);
+        assert_eq!(limit(&[1.0, 0.99, 1.01]), 1.02);
+        assert_eq!(limit(&[0.5, 1.0]), 2.0);
+        assert_eq!(limit(&[0.0]), 2.0);
     }
 }

@@ -27,7 +27,7 @@ use std::path::Path;
 use serde::Serialize;
 
 use self::arms::Arm;
-use super::plot::{self, Frame, HeatMap, LineChart};
+use super::plot::{self, Figure as _, Frame, HeatMap, LineChart};
 use crate::{Error, Result};
 
 /// A table whose cells are text, such as one of comparisons between arms.
@@ -44,6 +44,8 @@ struct Figure {
     /// Of the file and of the place in the page.
     id: String,
     title: String,
+    /// Of the values; empty for plain numbers.
+    unit: String,
     note: String,
     plot: Plot,
     /// (place in the palette, arm, value): each arm's last value, beside the title.
@@ -58,6 +60,13 @@ enum Plot {
 }
 
 impl Plot {
+    fn is_empty(&self) -> bool {
+        match self {
+            Plot::Lines(chart) => chart.is_empty(),
+            Plot::Map(map) => map.is_empty(),
+        }
+    }
+
     fn svg(&self) -> Result<(String, Frame)> {
         match self {
             Plot::Lines(chart) => plot::svg(chart),

@@ -33,6 +33,7 @@ struct ShownGroup<'a> {
 struct ShownFigure<'a> {
     id: &'a str,
     title: &'a str,
+    unit: &'a str,
     note: &'a str,
     last: &'a [(usize, String, String)],
     wide: bool,
@@ -104,6 +105,7 @@ fn shown_figure(figure: &Figure) -> Result<ShownFigure<'_>> {
     Ok(ShownFigure {
         id: &figure.id,
         title: &figure.title,
+        unit: &figure.unit,
         note: &figure.note,
         last: &figure.last,
         wide: matches!(figure.plot, super::Plot::Map(_)),

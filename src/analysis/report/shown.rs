@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::arms::Run;
+use crate::inject::agreement::MATMUL_TOLERANCE;
 
 /// Where a curve's rows are.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,6 +34,11 @@ pub(super) enum Planned {
 }
 
 impl Planned {
+    /// The share by which a measured value may stray, where the check has such a bound.
+    pub(super) fn tolerance(self) -> f64 {
+        if self == Planned::ErrorScale { MATMUL_TOLERANCE } else { 0.0 }
+    }
+
     /// At a row.
     pub(super) fn value(self, run: &Run, row: &Value) -> Option<f64> {
         match self {
@@ -46,30 +52,30 @@ impl Planned {
     }
 }
 
-pub(super) struct Shown {
-    pub id: &'static str,
-    pub title: &'static str,
-    pub unit: &'static str,
+pub(super) struct Shown<'a> {
+    pub id: &'a str,
+    pub title: &'a str,
+    pub unit: &'a str,
     pub source: Source,
-    pub key: &'static str,
+    pub key: &'a str,
     /// From the file's unit to the shown one.
     pub factor: f64,
     pub log: bool,
     pub planned: Planned,
-    pub note: &'static str,
+    pub note: &'a str,
 }
 
-impl Shown {
-    const fn of(id: &'static str, title: &'static str, unit: &'static str, key: &'static str) -> Shown {
+impl<'a> Shown<'a> {
+    pub(super) const fn of(id: &'a str, title: &'a str, unit: &'a str, key: &'a str) -> Shown<'a> {
         let (source, planned) = (Source::Metrics, Planned::Nothing);
         Shown { id, title, unit, source, key, factor: 1.0, log: false, planned, note: "" }
     }
 
-    const fn percent(id: &'static str, title: &'static str, key: &'static str, note: &'static str) -> Shown {
+    pub(super) const fn percent(id: &'a str, title: &'a str, key: &'a str, note: &'a str) -> Shown<'a> {
         Shown { factor: 100.0, note, ..Shown::of(id, title, "%", key) }
     }
 
-    const fn timed(id: &'static str, title: &'static str, unit: &'static str, key: &'static str) -> Shown {
+    pub(super) const fn timed(id: &'a str, title: &'a str, unit: &'a str, key: &'a str) -> Shown<'a> {
         Shown { source: Source::Timing, ..Shown::of(id, title, unit, key) }
     }
 }
@@ -79,7 +85,7 @@ pub(super) struct Section {
     pub id: &'static str,
     pub title: &'static str,
     pub note: &'static str,
-    pub curves: &'static [Shown],
+    pub curves: &'static [Shown<'static>],
 }
 
 pub(super) const LEARNING: Section = Section {
@@ -129,7 +135,7 @@ pub(super) const LEARNING: Section = Section {
 pub(super) const INJECTION: Section = Section {
     id: "injection",
     title: "Injected noise",
-    note: "Dashed: planned. Solid: measured from the tensors that were used.",
+    note: "Dashed: planned. Solid: measured from the tensors that were used. Grey band: what the check lets pass for matmul noise.",
     curves: &[
         Shown {
             log: true,

@@ -131,7 +131,7 @@ fn skipped(arms: &[Arm]) -> Check {
     let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), of(run))).collect();
     match all(arms).map(|(_, run)| of(run)).sum::<u64>() {
         0 => Check { level: Level::Good, text: "No update was skipped".to_string(), details },
-        n => Check { level: Level::Note, text: format!("{n} updates were skipped"), details },
+        n => Check { level: Level::Note, text: format!("Skipped updates: {n}"), details },
     }
 }
 
@@ -141,7 +141,7 @@ fn warnings(arms: &[Arm]) -> Check {
     let details: Vec<String> = all(arms).flat_map(lines).collect();
     match details.len() {
         0 => Check { level: Level::Good, text: "No warnings".to_string(), details },
-        n => Check { level: Level::Note, text: format!("{n} warning{}", if n == 1 { "" } else { "s" }), details },
+        n => Check { level: Level::Note, text: format!("Warnings: {n}"), details },
     }
 }
 
@@ -151,7 +151,7 @@ fn unfinished(arms: &[Arm]) -> Check {
     let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), state(run))).collect();
     match details.len() {
         0 => Check { level: Level::Good, text: "Every run is finished".to_string(), details },
-        n => Check { level: Level::Bad, text: format!("{n} of {total} runs unfinished"), details },
+        n => Check { level: Level::Bad, text: format!("Unfinished runs: {n} of {total}"), details },
     }
 }
 
@@ -179,7 +179,7 @@ fn resumed(arms: &[Arm]) -> Option<Check> {
     let of = |run: &Run| run.files.run["resumes"].as_array().map_or(0, Vec::len);
     let found = all(arms).filter(|(_, run)| of(run) > 0);
     let details: Vec<String> = found.map(|(arm, run)| format!("{}: {} times", name(arm, run), of(run))).collect();
-    let text = format!("{} run{} resumed", details.len(), if details.len() == 1 { " was" } else { "s were" });
+    let text = format!("Resumed runs: {}", details.len());
     (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
 }
 
