@@ -65,8 +65,8 @@ fn a_browser_shows_the_page_and_asks_nobody() {
     let page = dir.path().join("runs.html");
     let moved = std::fs::read_to_string(&page).unwrap().replace(
         "</body>",
-        "<script>for (const plot of document.querySelectorAll('.plot')) { const box = plot.getBoundingClientRect();\n\
-         plot.dispatchEvent(new PointerEvent('pointermove', { clientX: box.left + box.width / 2, clientY: box.top + box.height / 2 }));\n\
+        "<script>for (const plot of document.querySelectorAll('.plot')) { const box = plot.getBoundingClientRect(); document.getElementById('tip').hidden = true;\n\
+         plot.dispatchEvent(new PointerEvent('pointermove', { clientX: box.left + box.width / 2, clientY: box.top + box.height / 4 }));\n\
          if (document.getElementById('tip').hidden) console.error('no tooltip: ' + plot.parentNode.id); }\n\
          for (const button of document.querySelectorAll('.legend button')) { button.click(); button.click(); }</script></body>",
     );

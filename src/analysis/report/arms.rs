@@ -114,7 +114,7 @@ pub fn read(paths: &[PathBuf]) -> Result<Vec<Arm>> {
     }
     for arm in &mut arms {
         arm.runs.sort_by_key(|run| run.files.seed);
-        for pair in arm.runs.windows(2).filter(|pair| pair[0].files.seed == pair[1].files.seed) {
+        if let Some(pair) = arm.runs.windows(2).find(|pair| pair[0].files.seed == pair[1].files.seed) {
             bail_input!(
                 "{}: the same run (name, configuration and seed) as {}; a seed counts once",
                 pair[1].files.path.display(),
@@ -164,10 +164,9 @@ fn label(arms: &mut [Arm]) {
 /// Length of the longest beginning that ends in `-` and that every name has, with something behind it.
 fn shared_beginning(names: &[String]) -> usize {
     let Some(first) = names.first().filter(|_| names.len() > 1) else { return 0 };
-    let ends = first.match_indices('-').map(|(at, _)| at + 1);
-    ends.filter(|end| names.iter().all(|name| name.len() > *end && name.starts_with(&first[..*end])))
-        .last()
-        .unwrap_or(0)
+    let mut ends = first.rmatch_indices('-').map(|(at, _)| at + 1);
+    let shared = |end: &usize| names.iter().all(|name| name.len() > *end && name.starts_with(&first[..*end]));
+    ends.find(shared).unwrap_or(0)
 }
 
 #[cfg(test)]

@@ -145,6 +145,7 @@ fn lines(arms: &[Arm], shown: &Shown, curves: Vec<Curve>, planned: Vec<Curve>) -
         unit: shown.unit.to_string(),
         note,
         plot: Plot::Lines(chart),
+        arm: None,
         last,
         values,
     };

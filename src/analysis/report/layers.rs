@@ -216,7 +216,8 @@ fn figure(id: String, title: String, place: usize, grid: Grid, scale: Scale) -> 
         title,
         unit: String::new(),
         note,
-        last: vec![(place, String::new(), String::new())],
+        arm: Some(place),
+        last: Vec::new(),
         values,
         plot: Plot::Map(map),
     };

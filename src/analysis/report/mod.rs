@@ -48,6 +48,8 @@ struct Figure {
     unit: String,
     note: String,
     plot: Plot,
+    /// The one whose values it shows, where it is one of several.
+    arm: Option<usize>,
     /// (place in the palette, arm, value): each arm's last value, beside the title.
     last: Vec<(usize, String, String)>,
     /// What a tooltip shows, besides the frame.

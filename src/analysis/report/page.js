@@ -89,6 +89,6 @@
     hidden.has(colour) ? hidden.delete(colour) : hidden.add(colour);
     buttons.filter((b) => Number(b.dataset.colour) === colour).forEach((b) => b.setAttribute("aria-pressed", String(!hidden.has(colour))));
     style.textContent = [...hidden].map((c) =>
-      `.plot [stroke="${drawn[c]}"], .plot [fill="${drawn[c]}"], figure.wide[data-colour="${c}"] { display: none; }`).join("\n");
+      `.plot [stroke="${drawn[c]}"], .plot [fill="${drawn[c]}"], figure[data-colour="${c}"] { display: none; }`).join("\n");
   }));
 })();

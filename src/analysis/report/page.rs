@@ -36,7 +36,7 @@ struct ShownFigure<'a> {
     unit: &'a str,
     note: &'a str,
     last: &'a [(usize, String, String)],
-    wide: bool,
+    arm: Option<usize>,
     svg: String,
     /// JSON, safe inside a script element.
     data: String,
@@ -108,7 +108,7 @@ fn shown_figure(figure: &Figure) -> Result<ShownFigure<'_>> {
         unit: &figure.unit,
         note: &figure.note,
         last: &figure.last,
-        wide: matches!(figure.plot, super::Plot::Map(_)),
+        arm: figure.arm,
         svg,
         data: for_script(&data),
     })
