@@ -49,7 +49,7 @@ pub struct LineChart {
     pub series: Vec<Series>,
 }
 
-const SIZE: (u32, u32) = (840, 480);
+const SIZE: (u32, u32) = (900, 480);
 const LEGEND_ROW: i32 = 36;
 
 impl LineChart {
@@ -285,7 +285,7 @@ mod tests {
     fn a_chart_lies_within_its_frame_and_escapes_names() -> Result<(), Box<dyn std::error::Error>> {
         let (svg, frame) = plot::svg(&chart(vec![(1.0, 2.0), (2.0, f64::NAN), (3.0, 4.0)]))?;
         assert!(svg.contains("<polygon") && svg.matches("<circle").count() == 2, "{svg}");
-        assert!(frame.left > 0 && frame.right <= 840 && frame.bottom <= 480 && frame.x.0 < 1.0 && frame.x.1 > 3.0);
+        assert!(frame.left > 0 && frame.right <= 900 && frame.bottom <= 480 && frame.x.0 < 1.0 && frame.x.1 > 3.0);
         let dir = tempfile::tempdir()?;
         plot::write(&chart(vec![(1.0, 2.0)]), &dir.path().join("c"))?;
         let file = std::fs::read_to_string(dir.path().join("c.svg"))?;
