@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 TORCH_PINS="torch==2.11.0 numpy==2.4.6"
 CUDA_PINS="nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96"
-TEST_PINS="transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 ml_dtypes==0.6.0 tensorboard==2.21.0"
+TEST_PINS="transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 ml_dtypes==0.6.0 tensorboard==2.21.0 scipy==1.17.1 statsmodels==0.15.0"
 QUANTIZER_PINS="compressed-tensors==0.20.0 torchao==0.18.0" # they want torch in the same venv
 NEEDS_DISK_GIB=9 # wheels unpacked 5, pip's temporary copies and the build the rest
 

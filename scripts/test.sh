@@ -10,7 +10,7 @@
 # where it is absent; those lines are listed.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-FAST_TESTS="tidy config files fuzz losses run"
+FAST_TESTS="tidy config files fuzz gpu losses run"
 # Binaries whose tests each keep all cores busy: one test at a time.
 HEAVY_TESTS="oracle end_to_end noise"
 

@@ -14,6 +14,7 @@ pub mod inject;
 pub mod model;
 pub mod numerics;
 pub mod ops;
+pub mod remote;
 pub mod rl;
 pub mod run;
 pub mod srdd;

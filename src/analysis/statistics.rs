@@ -3,6 +3,12 @@
 //! Wilson's interval for a proportion p = k/n at the normal quantile z (Wilson 1927):
 //! `center = (p + z^2/2n) / (1 + z^2/n)`, `half = z/(1 + z^2/n) * sqrt(p(1-p)/n + z^2/4n^2)`.
 
+pub mod mcnemar;
+pub mod student;
+pub mod two_way;
+
+use student::student_quantile;
+
 /// Two-sided 95 %: `normal_quantile(0.975)`.
 pub const Z_95: f64 = 1.959_963_984_540_054;
 
@@ -47,6 +53,27 @@ pub struct MeanError {
     pub mean: f64,
     pub standard_deviation: f64,
     pub standard_error: f64,
+}
+
+impl MeanError {
+    /// The 95 % interval of the mean by Student's t with n - 1 degrees of freedom; None for one value.
+    pub fn interval(&self) -> Option<(f64, f64)> {
+        let half = self.standard_error * student_quantile(0.975, self.n.checked_sub(1).filter(|v| *v > 0)? as f64);
+        Some((self.mean - half, self.mean + half))
+    }
+}
+
+/// Holm's step-down correction (Holm 1979): of m p-values in rising order, the i-th (from 0) becomes the largest of
+/// (m - j) p_j over j <= i, at most 1. The chance that any true hypothesis falls below 5 % is then at most 5 %.
+pub fn holm(p: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..p.len()).collect();
+    order.sort_by(|a, b| p[*a].total_cmp(&p[*b]));
+    let (mut adjusted, mut largest) = (vec![0.0; p.len()], 0f64);
+    for (rank, place) in order.into_iter().enumerate() {
+        largest = largest.max((p.len() - rank) as f64 * p[place]).min(1.0);
+        adjusted[place] = largest;
+    }
+    adjusted
 }
 
 /// P(Z <= x) of the standard normal law. Below |x| = 3 the series

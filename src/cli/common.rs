@@ -14,6 +14,7 @@ use crate::model::checkpoint::{Checkpoint, resolve_model_path};
 use crate::model::config::Qwen2Config;
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
+use crate::numerics::format::Format;
 use crate::rl::recipe::{Recipe, prepare};
 use crate::rl::trainer::{Workload, check_lengths};
 use crate::run::console::{Console, Verbosity};
@@ -34,6 +35,19 @@ pub fn plain_table(header: &[&str]) -> comfy_table::Table {
 /// Its text, without blanks at the ends of lines.
 pub fn lines(table: &comfy_table::Table) -> String {
     table.to_string().lines().map(str::trim_end).collect::<Vec<_>>().join("\n")
+}
+
+/// `mxfp4,nvfp4:sr,2d` -> mxfp4 and nvfp4:sr,2d: what is no format of its own, nor `none`, is an option of the one before it.
+pub fn format_names(texts: &[String]) -> Vec<String> {
+    let mut names: Vec<String> = Vec::new();
+    let whole = |part: &str| part == "none" || part.parse::<Format>().is_ok();
+    for part in texts.iter().flat_map(|text| text.split(',')) {
+        match names.last_mut() {
+            Some(last) if last.contains(':') && !whole(part) => *last = format!("{last},{part}"),
+            _ => names.push(part.to_string()),
+        }
+    }
+    names
 }
 
 /// The device of `--device`, with libtorch and our own loops set to `threads` (None: all cores).

@@ -112,6 +112,7 @@ impl Report {
             Ok(found) => {
                 for g in &found.gpus {
                     lines.push(("GPU", describe(g)));
+                    lines.extend(state(g).into_iter().map(|line| ("", line)));
                 }
                 if found.gpus.is_empty() {
                     lines.push(("GPU", "none".into()));
@@ -159,6 +160,22 @@ fn describe(gpu: &gpu::Gpu) -> String {
         gib(gpu.memory_total_bytes),
         gib(gpu.memory_free_bytes)
     )
+}
+
+/// What may slow or spoil a run on it: limiters of its clocks, ECC errors, processes.
+fn state(gpu: &gpu::Gpu) -> Vec<String> {
+    let now = &gpu.now;
+    let mut lines = Vec::new();
+    if let Some(reasons) = &now.throttle_reasons {
+        let named = if reasons.is_empty() { "nothing".to_owned() } else { reasons.join(", ") };
+        lines.push(format!("   clocks limited by {named}"));
+    }
+    if let (Some(corrected), Some(uncorrected)) = (now.ecc_corrected, now.ecc_uncorrected) {
+        lines.push(format!("   ECC errors since the driver was loaded: {corrected} corrected, {uncorrected} not"));
+    }
+    let processes = now.processes.iter().flatten();
+    lines.extend(processes.map(|process| format!("   in use by process {process}")));
+    lines
 }
 
 fn gib(bytes: Option<u64>) -> String {

@@ -1,16 +1,19 @@
-//! `temper eval MODEL --config CONFIG`: accuracy in every condition that the configuration has.
+//! `temper eval MODEL --config CONFIG`: accuracy in every condition that the configuration has, and over error scales and
+//! formats.
 
 use std::path::PathBuf;
 
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
+use super::eval_robustness::{self as robustness, Injected, injected};
 use super::{Global, common, results};
-use crate::Result;
+use crate::config::Config;
 use crate::model::load::{kind_of, load_model};
-use crate::rl::evaluation::{Condition, Evaluation};
+use crate::rl::evaluation::{Answer, Condition, Evaluation};
 use crate::rl::trainer::check_lengths;
 use crate::run::jsonl::JsonlWriter;
+use crate::{Error, Result};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -22,6 +25,16 @@ pub struct Args {
     /// Override one key of the configuration (repeatable)
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
+    /// Also with these errors of every product, such as 0,0.05,0.1 (left out with --formats: the configuration's own)
+    #[arg(long, value_name = "SCALES", value_delimiter = ',')]
+    pub error_scales: Vec<f64>,
+    /// Also in these formats, such as none,mxfp4,nvfp4, of the weights and, where the configuration quantizes them, the
+    /// activations (left out with --error-scales: the configuration's own)
+    #[arg(long, value_name = "FORMATS")]
+    pub formats: Vec<String>,
+    /// Draw accuracy over error scale, a line per format, to STEM.svg and STEM.png
+    #[arg(long, value_name = "STEM")]
+    pub plot: Option<PathBuf>,
     /// Write one line per question and condition to this file (.jsonl)
     #[arg(long, value_name = "FILE")]
     pub answers: Option<PathBuf>,
@@ -30,6 +43,10 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let mut config = crate::config::load(&args.config, &args.overrides)?;
     config.model.path = Some(args.model.clone());
+    let cells = robustness::cells(args, &config)?;
+    if let Some(parent) = args.plot.as_deref().and_then(std::path::Path::parent).filter(|p| !p.as_os_str().is_empty()) {
+        std::fs::read_dir(parent).map_err(|e| Error::io(parent, e).at("--plot"))?;
+    }
     let device = common::device(global, config.trainer.threads)?;
     let console = common::console(global);
     let workload = common::workload(&config, false)?;
@@ -37,8 +54,6 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let model = load_model(&dir, device, Some(kind_of(config.model.dtype)))?;
     let recipe = common::recipe(&config);
     check_lengths(&recipe, &workload, &model.config)?;
-    let mut injector = recipe.injector(&model.config)?;
-    common::set_activation_amax(&mut injector, &model, &dir, &config, &workload, &console)?;
     let evaluation = Evaluation {
         model: &model,
         tokenizer: &workload.tokenizer,
@@ -47,46 +62,103 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         max_new_tokens: recipe.data.max_response_tokens,
         batch_size: recipe.trainer.val_batch_size,
     };
-    let mut writer = args.answers.as_deref().map(JsonlWriter::open).transpose()?;
+    let injector_of = |config: &Config| {
+        // Quantized weights of another format may lie beside the clean ones.
+        model.invalidate();
+        let mut injector = common::recipe(config).injector(&model.config)?;
+        common::set_activation_amax(&mut injector, &model, &dir, config, &workload, &console)?;
+        Ok::<_, Error>(injector)
+    };
     let n = workload.val.len() as u64;
-    let mut conditions = Vec::new();
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_BORDERS_ONLY);
-    table.set_header(["condition", "correct", "accuracy", "95 % interval", "well-formed", "n"]);
-    for condition in Condition::applying(&injector) {
-        let mut bar = console.progress(condition.name(), n);
-        let answers = evaluation.run(&condition.pass(&injector), |done| bar.inc(done as u64))?;
+    let answers_of = |injector: &_, condition: Condition, label: &str| {
+        let mut bar = console.progress(label, n);
+        let answers = evaluation.run(&condition.pass(injector), |done| bar.inc(done as u64))?;
         bar.finish();
-        let correct = answers.iter().filter(|a| a.correct).count() as u64;
-        let well_formed = answers.iter().filter(|a| a.well_formed).count() as f64 / n.max(1) as f64;
-        let mut entry = results::accuracy(correct, n);
-        entry["name"] = json!(condition.name());
-        entry["well_formed_ratio"] = json!(well_formed);
-        table.add_row([
-            condition.name().to_string(),
-            correct.to_string(),
-            format!("{:.2} %", 100.0 * correct as f64 / n.max(1) as f64),
-            interval(&entry),
-            format!("{:.1} %", 100.0 * well_formed),
-            n.to_string(),
-        ]);
-        conditions.push(entry);
-        if let Some(writer) = &mut writer {
-            let rows: Vec<Value> = answers
-                .iter()
-                .map(|a| {
-                    let mut row = json!(a);
-                    row["condition"] = json!(condition.name());
-                    row
-                })
-                .collect();
-            writer.write_rows(&rows)?;
-        }
+        Ok::<_, Error>(answers)
+    };
+    let mut writer = args.answers.as_deref().map(JsonlWriter::open).transpose()?;
+    let mut write = |answers: &[Answer], labels: &Value| match &mut writer {
+        Some(writer) => writer.write_rows(&answers.iter().map(|a| labelled(json!(a), labels)).collect::<Vec<_>>()),
+        None => Ok(()),
+    };
+
+    // A cell that is one of the conditions is not computed again.
+    let mut known: Vec<(Injected, Vec<Answer>)> = Vec::new();
+    let mut conditions = Vec::new();
+    let injector = injector_of(&config)?;
+    for condition in Condition::applying(&injector) {
+        let answers = answers_of(&injector, condition, condition.name())?;
+        conditions.push(labelled(measured(&answers), &json!({"name": condition.name()})));
+        write(&answers, &json!({"condition": condition.name()}))?;
+        known.push((injected(&config, condition), answers));
     }
-    if global.json { super::print(json!({"n": n, "conditions": conditions})) } else { super::print(table) }
+    let mut rows = Vec::new();
+    for cell in &cells {
+        let labels = cell.labels();
+        if !known.iter().any(|(injected, _)| *injected == cell.injected()) {
+            let label = format!("error {}, {}", labels["error_scale"], labels["format"]);
+            let answers = answers_of(&injector_of(&cell.config)?, cell.condition(), &label)?;
+            known.push((cell.injected(), answers));
+        }
+        let Some((_, answers)) = known.iter().find(|(injected, _)| *injected == cell.injected()) else { continue };
+        write(answers, &labelled(json!({"condition": "robustness"}), &labels))?;
+        rows.push(robustness::row(cell, answers, &known[0].1));
+    }
+    if let Some(stem) = &args.plot {
+        robustness::plot(&rows, stem)?;
+    }
+    if global.json {
+        let mut result = json!({"n": n, "conditions": conditions});
+        if !cells.is_empty() {
+            result["robustness"] = json!(rows);
+        }
+        return super::print(result);
+    }
+    let mut text = table(&conditions).to_string();
+    if !cells.is_empty() {
+        text += &format!(
+            "\n{}\np: McNemar's mid-p against the clean answers, question by question; lost and gained: questions",
+            robustness::table(&rows)
+        );
+    }
+    super::print(text)
 }
 
-fn interval(entry: &Value) -> String {
-    let bound = |i: usize| 100.0 * entry["ci95"][i].as_f64().unwrap_or(f64::NAN);
-    format!("[{:.2}, {:.2}]", bound(0), bound(1))
+/// Of one list of answers.
+pub fn measured(answers: &[Answer]) -> Value {
+    let (n, count) = (answers.len() as u64, |of: fn(&Answer) -> bool| answers.iter().filter(|a| of(a)).count() as u64);
+    let mut measured = results::accuracy(count(|a| a.correct), n);
+    measured["well_formed_ratio"] = json!(count(|a| a.well_formed) as f64 / n.max(1) as f64);
+    measured["n"] = json!(n);
+    measured
+}
+
+/// The cells of a table that show it.
+pub fn measured_cells(measured: &Value) -> [String; 4] {
+    let percent = |value: &Value| 100.0 * value.as_f64().unwrap_or(f64::NAN);
+    [
+        format!("{} / {}", measured["correct"], measured["n"]),
+        format!("{:.2} %", percent(&measured["accuracy"])),
+        format!("[{:.2}, {:.2}]", percent(&measured["ci95"][0]), percent(&measured["ci95"][1])),
+        format!("{:.1} %", percent(&measured["well_formed_ratio"])),
+    ]
+}
+
+fn table(conditions: &[Value]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_BORDERS_ONLY);
+    table.set_header(["condition", "correct", "accuracy", "95 % interval", "well-formed"]);
+    for condition in conditions {
+        let name = condition["name"].as_str().unwrap_or("").to_string();
+        table.add_row(std::iter::once(name).chain(measured_cells(condition)));
+    }
+    table
+}
+
+/// `row` with the keys of `labels`.
+pub fn labelled(mut row: Value, labels: &Value) -> Value {
+    for (key, value) in labels.as_object().into_iter().flatten() {
+        row[key] = value.clone();
+    }
+    row
 }

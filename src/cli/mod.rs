@@ -4,10 +4,14 @@
 
 pub mod bench;
 mod common;
+pub mod compare;
 pub mod doctor;
 pub mod eval;
+mod eval_robustness;
 pub mod generate;
+pub mod gpu;
 mod inputs;
+pub mod jobs;
 pub mod plan;
 mod prompt;
 pub mod quantize;
@@ -20,6 +24,7 @@ mod scan_plots;
 mod scan_tables;
 pub mod score;
 pub mod selftest;
+pub mod submit;
 pub mod sweep;
 pub mod train;
 pub mod validate;
@@ -66,6 +71,20 @@ enum Command {
     Train(train::Args),
     /// Train arms x seeds of one configuration, one run after the other
     Sweep(sweep::Args),
+    /// Train as a detached job on another machine: ssh, a container there, Slurm
+    Submit(submit::Args),
+    /// Jobs on other machines: state, last metrics, GPUs
+    Status(jobs::StatusArgs),
+    /// A job's log
+    Logs(jobs::LogsArgs),
+    /// Bring a job's run directory here; again: what is new
+    Fetch(jobs::FetchArgs),
+    /// Stop jobs: TERM, in time for a checkpoint, then KILL
+    Cancel(jobs::CancelArgs),
+    /// Remove what no job on a host needs any more
+    Clean(jobs::CleanArgs),
+    /// What runs reached, arm against arm, with intervals and paired tests
+    Compare(compare::Args),
     /// One self-contained HTML page about runs or a sweep
     Report(report::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
@@ -86,6 +105,8 @@ enum Command {
     Bench(bench::Args),
     /// Every kernel on this machine's GPU against the CPU, bit for bit
     Selftest(selftest::Args),
+    /// Every GPU now: use, memory, power, temperature, clocks, errors, processes
+    Gpu(gpu::Args),
     /// What this machine has, and what to do about what is missing
     Doctor(doctor::Args),
 }
@@ -143,6 +164,13 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Quickstart(args) => quickstart::run(args, &cli.global),
         Command::Train(args) => train::run(args, &cli.global),
         Command::Sweep(args) => sweep::run(args, &cli.global),
+        Command::Submit(args) => submit::run(args, &cli.global),
+        Command::Status(args) => jobs::status(args, &cli.global),
+        Command::Logs(args) => jobs::logs(args),
+        Command::Fetch(args) => jobs::fetch(args, &cli.global),
+        Command::Cancel(args) => jobs::cancel(args, &cli.global),
+        Command::Clean(args) => jobs::clean(args, &cli.global),
+        Command::Compare(args) => compare::run(args, &cli.global),
         Command::Report(args) => report::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
@@ -153,6 +181,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Plan(args) => plan::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),
+        Command::Gpu(args) => gpu::run(args, &cli.global),
         Command::Doctor(args) => doctor::run(args, &cli.global),
     }
 }

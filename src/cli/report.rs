@@ -22,7 +22,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let report = Report::new(arms::read(&args.runs)?);
+    let report = Report::new(arms::read(&args.runs)?)?;
     let html = report.html()?;
     report::write(&html, &args.output)?;
     if let Some(directory) = &args.plots {

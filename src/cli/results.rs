@@ -10,12 +10,14 @@ use crate::Result;
 use crate::analysis::run_files::{RunFiles, correct};
 use crate::analysis::statistics::wilson_interval;
 use crate::rl::evaluation::Condition;
+use crate::run::stopped;
 
 /// First and last validation side by side, with n and 95 % Wilson intervals.
 pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     let run = RunFiles::read(run_dir)?;
     let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
     let disagreeing_steps = run.train.iter().filter(disagrees).count();
+    let stopped = stopped::read(run_dir)?;
     let (Some(first), Some(last)) = (run.validations.first(), run.validations.last()) else {
         return Ok(());
     };
@@ -37,11 +39,14 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     if global.json {
         let value = json!({
             "run_dir": run_dir, "conditions": results, "steps": last["step"],
-            "disagreeing_steps": disagreeing_steps,
+            "disagreeing_steps": disagreeing_steps, "stopped": stopped,
         });
         return super::print(value);
     }
     let mut text = format!("{table}\nrun directory: {}", run_dir.display());
+    if let Some(stopped) = stopped {
+        text += &format!("\nended by {stopped}");
+    }
     if disagreeing_steps > 0 {
         text += &format!(
             "\nWARNING: in {disagreeing_steps} steps the measured noise disagreed with the plan (see injection.jsonl)"

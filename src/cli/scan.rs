@@ -303,17 +303,9 @@ impl Found {
     }
 }
 
-/// `mxfp4,nvfp4:sr,2d` -> mxfp4 and nvfp4:sr,2d: what is no format of its own is an option of the one before it.
 fn formats(texts: &[String]) -> Result<Vec<Format>> {
-    let mut names: Vec<String> = Vec::new();
-    for part in texts.iter().flat_map(|text| text.split(',')) {
-        match names.last_mut() {
-            Some(last) if last.contains(':') && part.parse::<Format>().is_err() => *last = format!("{last},{part}"),
-            _ => names.push(part.to_string()),
-        }
-    }
     let mut found: Vec<Format> = Vec::new();
-    for name in &names {
+    for name in &common::format_names(texts) {
         let format: Format = name.parse()?;
         if found.contains(&format) {
             bail_input!("--format: found {format} twice");

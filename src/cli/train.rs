@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use super::{Global, common, results};
 use crate::Result;
+use crate::device::Device;
+use crate::device::gpu::monitor::Watch;
+use crate::device::gpu::selection::Card;
+use crate::ops::cuda::launch::Gpu;
 use crate::rl::trainer::{self, Launch, Outcome};
 use crate::run::signals::Interrupt;
 
@@ -49,6 +53,20 @@ pub fn train(
     let device = common::device(global, config.trainer.threads)?;
     let console = common::console(global);
     let workload = common::workload(config, true)?;
-    let launch = Launch { device, device_name: crate::device::name(device), out, resume, console: &console, interrupt };
+    let launch = Launch {
+        device,
+        device_name: crate::device::name(device),
+        out,
+        resume,
+        console: &console,
+        interrupt,
+        monitor: watch(device),
+    };
     trainer::train(&common::recipe(config), &workload, &launch)
+}
+
+/// The card of a CUDA device: by its PCI address where CUDA tells it, else through the environment.
+fn watch(device: Device) -> Option<Watch> {
+    let Device::Cuda(index) = device else { return None };
+    Some(Watch::card(Gpu::number(index).pci_address().map_or(Card::Cuda(index), Card::Pci)))
 }

@@ -31,6 +31,11 @@ fn identity(config: &Config) -> Value {
             names.iter().for_each(|name| drop(map.remove(*name)));
         }
     }
+    // A run that a stop rule ended is the first part of the run without, and goes on in its directory once the rules are
+    // others. As the empty list and not left out: hashes from before there were rules stay.
+    if let Some(trainer) = section_of(&mut tree, "trainer") {
+        trainer.insert("stop_rules".into(), Value::Array(Vec::new()));
+    }
     for (section, names) in LOCATIONS {
         let Some(map) = section_of(&mut tree, section) else {
             continue;

@@ -9,10 +9,13 @@ use serde_yaml::{Mapping, Number, Value};
 use super::source::Merged;
 use super::{Config, later};
 use crate::inject::section::LayerSigmaConfig;
+use crate::rl::stop_rules::StopRule;
 use crate::{Result, bail_input, input_error};
 
 pub(super) const LAYER_SIGMA_CONFIG: &str = "noise_injection.layer_sigma_config";
 const LAYER_MULTIPLIERS: &str = "noise_injection.layer_sigma_config.layer_multipliers";
+/// A list of sections; the keys of item 0 are `trainer.stop_rules[0].metric` and so on.
+const STOP_RULES: &str = "trainer.stop_rules";
 
 /// Checks one source; returns it with numbers that YAML read as text (`5e-7`) as numbers.
 pub(super) fn check(tree: Mapping, label: &str) -> Result<Mapping> {
@@ -29,16 +32,18 @@ pub(super) fn typed(merged: &Merged) -> Result<Config> {
 /// Every key with its default; sections are maps. The multiplier map is written out so that its
 /// keys are known as well.
 fn known() -> Mapping {
-    let to_map = |value: serde_yaml::Result<Value>| match value {
-        Ok(Value::Mapping(map)) => map,
-        _ => Mapping::new(),
-    };
-    let mut known = to_map(serde_yaml::to_value(Config::default()));
+    let mut known = keys_of(Config::default());
     if let Some(Value::Mapping(aqn)) = known.get_mut("noise_injection") {
-        let inner = to_map(serde_yaml::to_value(LayerSigmaConfig::default()));
-        aqn.insert("layer_sigma_config".into(), Value::Mapping(inner));
+        aqn.insert("layer_sigma_config".into(), Value::Mapping(keys_of(LayerSigmaConfig::default())));
     }
     known
+}
+
+fn keys_of(section: impl serde::Serialize) -> Mapping {
+    match serde_yaml::to_value(section) {
+        Ok(Value::Mapping(map)) => map,
+        _ => Mapping::new(),
+    }
 }
 
 fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Result<Mapping> {
@@ -64,6 +69,7 @@ fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Resul
                     names.join(", ")
                 )
             }
+            (_, Value::Sequence(rules)) if path == STOP_RULES => Value::Sequence(check_rules(rules, label)?),
             (_, value) => check_leaf(&path, value, label)?,
         };
         checked.insert(key, value);
@@ -71,10 +77,26 @@ fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Resul
     Ok(checked)
 }
 
+fn check_rules(rules: Vec<Value>, label: &str) -> Result<Vec<Value>> {
+    let known = keys_of(StopRule::default());
+    let one = |(i, rule): (usize, Value)| match rule {
+        Value::Mapping(rule) => Ok(Value::Mapping(check_map(&format!("{STOP_RULES}[{i}]"), rule, &known, label)?)),
+        other => bail_input!(
+            "{label}: {STOP_RULES}[{i}]: found {}, expected a rule such as {{metric: entropy, above: 1.0}}",
+            describe(&other)
+        ),
+    };
+    rules.into_iter().enumerate().map(one).collect()
+}
+
 fn check_leaf(path: &str, value: Value, label: &str) -> Result<Value> {
     let alone = |value: &Value| {
         let tree = path.rsplit('.').fold(value.clone(), |inner, part| {
-            Value::Mapping(Mapping::from_iter([(Value::String(part.to_string()), inner)]))
+            let (name, inner) = match part.split_once('[') {
+                Some((list, _)) => (list, Value::Sequence(vec![inner])),
+                None => (part, inner),
+            };
+            Value::Mapping(Mapping::from_iter([(Value::String(name.to_string()), inner)]))
         });
         serde_yaml::from_value::<Config>(tree)
     };
@@ -113,6 +135,9 @@ fn numbers_from_text(value: &Value) -> Value {
 fn nearest(prefix: &str, name: &str) -> String {
     let mut paths = Vec::new();
     collect_paths("", &known(), &mut paths);
+    let rule = keys_of(StopRule::default());
+    let prefix = if prefix.starts_with(STOP_RULES) { "trainer.stop_rules[]" } else { prefix };
+    collect_paths("trainer.stop_rules[]", &rule, &mut paths);
     paths.extend(
         ["extends", "noise_injection.exclude_patterns", "noisy_ops.exclude_patterns", "fake_quant.exclude_patterns"]
             .map(String::from),

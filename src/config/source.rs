@@ -41,6 +41,8 @@ impl Merged {
 
     /// The source to name for `key`: what set it, or else the file the user named.
     pub(super) fn source_of(&self, key: &str) -> &str {
+        // A list has one source, whichever of its items is meant.
+        let key = key.split('[').next().unwrap_or(key);
         let inside = format!("{key}.");
         let found = self.origin.get(key).or_else(|| {
             self.origin.range(inside.clone()..).next().filter(|(k, _)| k.starts_with(&inside)).map(|(_, label)| label)

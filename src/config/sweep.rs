@@ -4,8 +4,10 @@
 //! name: srdd_compare
 //! base: ../e5c.yaml                          # relative to the sweep's file
 //! set: {trainer.epochs: 1}                   # for every arm
-//! arms: {none: {noise_injection.enabled: false}, global: {}}
+//! arms: {none: {noise_injection.enabled: false}, global: {}, other: {base: ../1e.yaml}}
 //! seeds: [0, 1, 2]
+//! decisions:                                 # what runs after what, and whether at all, seed by seed
+//!   - {run: other, if_any: [{arm: none, stopped: collapse}, {arm: none, metric: val/acc_noisy, below: 0.6}]}
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -14,18 +16,22 @@ use serde::Deserialize;
 use serde_yaml::{Mapping, Value};
 
 use super::{Config, keys};
+use crate::analysis::decision::Decision;
 use crate::{Error, Result, bail_input, input_error};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SweepFile {
     name: String,
-    base: PathBuf,
+    /// Of the arms that name none of their own.
+    base: Option<PathBuf>,
     #[serde(default)]
     set: Mapping,
     /// In the order of the file.
     arms: Mapping,
     seeds: Vec<u64>,
+    #[serde(default)]
+    decisions: Vec<Decision>,
 }
 
 /// One run of a sweep.
@@ -35,6 +41,7 @@ pub struct Job {
     pub seed: u64,
     /// Its name is the sweep's and the arm's.
     pub config: Config,
+    pub decision: Option<Decision>,
 }
 
 /// All runs, seed by seed: what every arm has done of a seed can be compared before the next seed begins. `overrides` are
@@ -53,25 +60,52 @@ pub fn jobs(path: &Path, overrides: &[String]) -> Result<Vec<Job>> {
     if let Some(seed) = file.seeds.iter().enumerate().find(|(i, s)| file.seeds[..*i].contains(s)).map(|(_, s)| s) {
         bail_input!("{shown}: seeds: found {seed} twice");
     }
-    let base = path.parent().unwrap_or(Path::new(".")).join(&file.base);
+    check_decisions(&file).map_err(|e| e.at(&shown))?;
+    let beside = path.parent().unwrap_or(Path::new("."));
     let mut jobs = Vec::new();
     for seed in &file.seeds {
         for (arm, own) in &file.arms {
             let arm = arm.as_str().map_or_else(|| format!("{arm:?}"), str::to_string);
-            let own = match own {
+            let mut own = match own {
                 Value::Mapping(own) => own.clone(),
                 Value::Null => Mapping::new(),
                 _ => bail_input!("{shown}: arms.{arm}: expected a map of keys such as optimizer.lr"),
             };
+            let base = match own.shift_remove("base") {
+                Some(base) => base.as_str().map(PathBuf::from),
+                None => file.base.clone(),
+            };
+            let Some(base) = base else { bail_input!("{shown}: arms.{arm}: found no base, expected a configuration") };
+            let base = beside.join(base);
             let mut sets = assignments(&file.set)?;
             sets.extend(assignments(&own)?);
             sets.extend(overrides.iter().cloned());
             sets.extend([format!("name={}-{arm}", file.name), format!("seed={seed}")]);
             let config = super::load(&base, &sets).map_err(|e| e.at(format!("{shown}: arm {arm}")))?;
-            jobs.push(Job { arm, seed: *seed, config });
+            let decision = file.decisions.iter().find(|decision| decision.run == arm).cloned();
+            jobs.push(Job { arm, seed: *seed, config, decision });
         }
     }
     Ok(jobs)
+}
+
+/// A decision looks back: at arms that stand before its own, so that none waits for itself.
+fn check_decisions(file: &SweepFile) -> Result<()> {
+    let arms: Vec<String> = file.arms.keys().map(keys::text).collect();
+    for (number, decision) in file.decisions.iter().enumerate() {
+        decision.check()?;
+        let run = &decision.run;
+        let Some(own) = arms.iter().position(|arm| arm == run) else {
+            bail_input!("decisions: run {run}: expected one of the arms {}", arms.join(", "));
+        };
+        if file.decisions[..number].iter().any(|other| other.run == *run) {
+            bail_input!("decisions: found {run} twice");
+        }
+        if let Some(arm) = decision.arms().find(|arm| !arms[..own].iter().any(|before| before == arm)) {
+            bail_input!("decisions: run {run}: found {arm}, expected an arm that stands before {run}");
+        }
+    }
+    Ok(())
 }
 
 /// `a.b: v` -> `a.b=v`, v as JSON, which is YAML.

@@ -10,6 +10,8 @@ use crate::inject::schedule;
 use crate::inject::section::{ActivationScale, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
 use crate::model::config::PRESETS;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
+use crate::rl::stop_rules;
+use crate::run::directory::usable_name;
 
 /// A key whose value cannot be used.
 pub(super) struct Violation {
@@ -32,11 +34,12 @@ type Checked = Result<(), Violation>;
 
 pub(super) fn check(config: &Config) -> Checked {
     let name = &config.name;
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c))
-    {
+    if !usable_name(name) {
         return Err(Violation::new(
             "name",
-            format!("found \"{name}\", expected letters, digits, `.`, `_`, `-`: it names the run directory"),
+            format!(
+                "found \"{name}\", expected letters, digits, `.`, `_`, `-` or `+`, not beginning with `.` or `-`: it names the run directory"
+            ),
         ));
     }
     if config.model.path.is_none() && config.model.preset.is_none() {
@@ -69,6 +72,7 @@ pub(super) fn check(config: &Config) -> Checked {
     algorithm(&config.algorithm)?;
     optimizer(&config.optimizer)?;
     trainer(&config.trainer, &config.data)?;
+    stop_rules(config)?;
     noisy_ops(&config.noisy_ops)?;
     noise_injection(&config.noise_injection, config.trainer.epochs)?;
     fake_quant(&config.fake_quant)
@@ -179,11 +183,29 @@ fn trainer(trainer: &TrainerSection, data: &DataSection) -> Checked {
             format!("found {mini}, expected a divisor of data.prompts_per_step, which is {step}"),
         ));
     }
-    if !trainer.stop_rules.is_empty() {
-        return Err(Violation::new(
-            "trainer.stop_rules",
-            "stop rules are known, but not available yet in this version; [] is",
-        ));
+    Ok(())
+}
+
+fn stop_rules(config: &Config) -> Checked {
+    let known = stop_rules::metrics(&config.noise_injection, &config.noisy_ops, &config.fake_quant);
+    for (i, rule) in config.trainer.stop_rules.iter().enumerate() {
+        let key = |name: &str| format!("trainer.stop_rules[{i}].{name}");
+        if !known.contains(&rule.metric) {
+            let likeness = |name: &&String| strsim::normalized_damerau_levenshtein(&rule.metric, name);
+            let nearest = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b))).map_or("", |name| name);
+            return Err(Violation::new(
+                key("metric"),
+                format!("found \"{}\", which this run does not have; nearest metric: {nearest}", rule.metric),
+            ));
+        }
+        let Some((side, bound)) = rule.bound() else {
+            return Err(Violation::new(
+                format!("trainer.stop_rules[{i}]"),
+                "found both or none of above and below, expected one of them",
+            ));
+        };
+        real(key(side.name()), bound, true, "a number")?;
+        at_least_1(&key("patience"), rule.patience)?;
     }
     Ok(())
 }

@@ -1,12 +1,24 @@
 //! GPUs and their driver, through NVML. A machine without a driver is a value (`Err` with the reason), not a failure.
+//!
+//! `reading`: what a GPU says now; `monitor`, `step`: what it did during each step of a run; `processes`: who else is
+//! on it; `selection`: which one is CUDA's device N.
+
+pub mod monitor;
+pub mod processes;
+pub mod reading;
+pub mod selection;
+mod step;
 
 use std::ffi::OsStr;
+use std::path::Path;
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
 use serde::Serialize;
 
 use super::kernels;
+use reading::Reading;
+use selection::Card;
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Gpu {
@@ -16,9 +28,9 @@ pub struct Gpu {
     pub compute_capability: Option<(u32, u32)>,
     pub memory_total_bytes: Option<u64>,
     pub memory_free_bytes: Option<u64>,
-    pub temperature_c: Option<u32>,
-    pub power_w: Option<f64>,
     pub power_limit_w: Option<f64>,
+    #[serde(flatten)]
+    pub now: Reading,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -32,7 +44,7 @@ pub struct Gpus {
 
 /// Asks NVML what is there now. `Err` holds NVML's reason on a machine without a driver.
 pub fn probe() -> Result<Gpus, String> {
-    let nvml = open()?;
+    let nvml = open(None)?;
     let count = nvml.device_count().map_err(|e| e.to_string())?;
     let gpus = (0..count).filter_map(|index| {
         let device = nvml.device_by_index(index).ok()?;
@@ -46,9 +58,8 @@ pub fn probe() -> Result<Gpus, String> {
                 .and_then(|c| Some((u32::try_from(c.major).ok()?, u32::try_from(c.minor).ok()?))),
             memory_total_bytes: memory.as_ref().map(|m| m.total),
             memory_free_bytes: memory.as_ref().map(|m| m.free),
-            temperature_c: device.temperature(nvml_wrapper::enum_wrappers::device::TemperatureSensor::Gpu).ok(),
-            power_w: device.power_usage().ok().map(|mw| f64::from(mw) / 1000.0),
             power_limit_w: device.power_management_limit().ok().map(|mw| f64::from(mw) / 1000.0),
+            now: Reading::of(&device),
         })
     });
     Ok(Gpus {
@@ -58,24 +69,20 @@ pub fn probe() -> Result<Gpus, String> {
     })
 }
 
-/// Memory, power and temperature of GPU `index` now, for a log; empty where NVML does not answer.
-pub fn sample(index: usize) -> serde_json::Map<String, serde_json::Value> {
-    let mut row = serde_json::Map::new();
-    let found = probe().ok().and_then(|all| all.gpus.into_iter().nth(index));
-    if let Some(gpu) = found {
-        let used = gpu.memory_total_bytes.zip(gpu.memory_free_bytes).map(|(total, free)| total - free);
-        row.insert("gpu_memory_used_bytes".into(), used.into());
-        row.insert("gpu_power_w".into(), gpu.power_w.into());
-        row.insert("gpu_temperature_c".into(), gpu.temperature_c.into());
-    }
-    row
+/// The name of CUDA's device `index`.
+pub fn name_of_cuda(index: usize) -> Option<String> {
+    let nvml = open(None).ok()?;
+    let card = Card::Cuda(index).index(&nvml).ok()?;
+    nvml.device_by_index(card).and_then(|device| device.name()).ok()
 }
 
-/// Drivers install `libnvidia-ml.so.1`; the bare name comes only with development packages.
-fn open() -> Result<Nvml, String> {
-    let library = OsStr::new("libnvidia-ml.so.1");
-    Nvml::builder().lib_path(library).init().or_else(|_| Nvml::init()).map_err(|e| match e {
-        NvmlError::LibloadingError(_) => "no NVIDIA driver: libnvidia-ml.so.1 was not found".to_owned(),
+/// `library`, else the driver's: drivers install `libnvidia-ml.so.1`; the bare name comes only with development packages.
+fn open(library: Option<&Path>) -> Result<Nvml, String> {
+    let named = library.map_or(OsStr::new("libnvidia-ml.so.1"), Path::as_os_str);
+    let opened = Nvml::builder().lib_path(named).init();
+    let opened = if library.is_none() { opened.or_else(|_| Nvml::init()) } else { opened };
+    opened.map_err(|e| match e {
+        NvmlError::LibloadingError(_) => format!("no NVIDIA driver: {} was not found", named.display()),
         other => format!("NVML: {other}"),
     })
 }

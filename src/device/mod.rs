@@ -56,10 +56,7 @@ pub fn set_threads(threads: Option<usize>) {
 /// The GPU's name, or `cpu`.
 pub fn name(device: Device) -> String {
     match device {
-        Device::Cuda(index) => gpu::probe()
-            .ok()
-            .and_then(|all| all.gpus.into_iter().nth(index))
-            .map_or_else(|| format!("cuda:{index}"), |gpu| gpu.name),
+        Device::Cuda(index) => gpu::name_of_cuda(index).unwrap_or_else(|| format!("cuda:{index}")),
         _ => "cpu".to_string(),
     }
 }

@@ -46,17 +46,17 @@ impl Condition {
             plan.matmul_phases.contains(InjectPhase::Validation) && plan.modules.iter().any(|m| m.matmul_error != 0.0);
         let quantized = plan.quant_phases.contains(InjectPhase::Validation)
             && plan.modules.iter().any(|m| m.weight_format.is_some() || m.activation_format.is_some());
-        let mut all = vec![Condition::Clean];
-        if noisy {
-            all.push(Condition::Noisy);
+        Condition::ALL.into_iter().filter(|condition| condition.applies(noisy, quantized)).collect()
+    }
+
+    /// Whether it differs from the others in a run that is `noisy`, `quantized` in validation.
+    pub fn applies(self, noisy: bool, quantized: bool) -> bool {
+        match self {
+            Condition::Clean => true,
+            Condition::Noisy => noisy,
+            Condition::Quantized => quantized,
+            Condition::Deployed => noisy && quantized,
         }
-        if quantized {
-            all.push(Condition::Quantized);
-        }
-        if noisy && quantized {
-            all.push(Condition::Deployed);
-        }
-        all
     }
 
     /// A validation pass under this condition.

@@ -10,6 +10,8 @@ pub mod reward;
 pub mod rollout;
 pub mod section;
 pub mod state;
+pub mod stop_rules;
 pub mod supervised;
+pub mod timing;
 pub mod trainer;
 pub mod update;

@@ -5,6 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::stop_rules::StopRule;
+
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RolloutSection {
@@ -131,7 +133,8 @@ pub struct TrainerSection {
     pub keep_best: usize,
     /// Steps with a non-finite loss or gradient before the run stops with a checkpoint.
     pub max_skipped_steps: u64,
-    pub stop_rules: Vec<String>,
+    /// A run ends when one of them fires.
+    pub stop_rules: Vec<StopRule>,
     /// Completions of every step that go into samples.jsonl; a large number keeps all.
     pub samples_per_step: usize,
     /// CPU threads; null = all cores. CPU results are bitwise the same only for the same count.

@@ -3,16 +3,18 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use serde_json::json;
 use tch::Device;
 
 use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
 use super::optimizer::AdamW;
 use super::recipe::{PreparedQuestion, Recipe, epoch_order};
-use super::rollout::{Rollout, rollout};
+use super::rollout::rollout;
 use super::state::{self, TrainerState};
-use super::update::{UpdateSummary, Updater, check_skipped};
+use super::stop_rules::StopRules;
+use super::timing::{start_monitor, timing_row};
+use super::update::{Updater, check_skipped};
+use crate::device::gpu::monitor::{Monitor, Watch};
 use crate::inject::injector::Injector;
 use crate::inject::measured::StepInjection;
 use crate::inject::plan::InjectionPlan;
@@ -28,6 +30,7 @@ use crate::run::console::Console;
 use crate::run::directory::{RunDir, RunSpec, Start};
 use crate::run::jsonl::JsonlWriter;
 use crate::run::signals::Interrupt;
+use crate::run::stopped;
 use crate::run::tensorboard::TensorBoard;
 use crate::{Error, Result};
 
@@ -54,6 +57,8 @@ pub struct Launch<'a> {
     pub resume: bool,
     pub console: &'a Console,
     pub interrupt: &'a Interrupt,
+    /// The GPU whose state goes into timing.jsonl, on whatever device the run is.
+    pub monitor: Option<Watch>,
 }
 
 pub struct Outcome {
@@ -136,6 +141,8 @@ struct Run<'a> {
     samples: JsonlWriter,
     tensorboard: TensorBoard,
     last_score: Option<CheckpointScore>,
+    rules: StopRules,
+    monitor: Option<Monitor>,
     outcome: Outcome,
 }
 
@@ -178,6 +185,8 @@ impl<'a> Run<'a> {
             tensorboard: TensorBoard::open(&dir.file("tb"), resumed_after)?,
             outcome: Outcome { run_dir: dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 },
             last_score: None,
+            rules: StopRules::replay(&recipe.trainer.stop_rules, &dir.file("metrics.jsonl"))?,
+            monitor: start_monitor(launch.monitor.as_ref(), launch.console),
             recipe,
             workload,
             launch,
@@ -199,26 +208,30 @@ impl<'a> Run<'a> {
         for notice in &self.injector.plan().notices {
             console.warn(notice);
         }
+        // The rows that are there decide, under the rules of now: a rule may be new, or gone.
+        self.write_stopped()?;
         if self.state.step == 0 && self.recipe.trainer.val_before_train {
             self.validate(0)?;
         }
-        while self.state.step < total {
+        while self.state.step < total && self.rules.fired().is_none() {
             let step = self.state.step + 1;
             self.step(step)?;
             self.state.step = step;
             self.state.optimizer = self.optimizer.counters();
             let trainer = &self.recipe.trainer;
             let due = |every: u64| every > 0 && step.is_multiple_of(every);
-            if due(trainer.val_every) || step == total {
+            if due(trainer.val_every) || step == total || self.rules.fired().is_some() {
                 self.validate(step)?;
             }
-            let stop = self.launch.interrupt.requested();
+            let (stop, fired) = (self.launch.interrupt.requested(), self.rules.fired().is_some());
             let skipped = check_skipped(self.optimizer.counters().skipped_steps, trainer.max_skipped_steps);
-            if due(trainer.save_every) || step == total || stop || skipped.is_err() {
+            if due(trainer.save_every) || step == total || stop || fired || skipped.is_err() {
                 self.save(step)?;
             }
             skipped?;
-            if stop && step < total {
+            if fired {
+                self.write_stopped()?;
+            } else if stop && step < total {
                 return Err(Error::Interrupted(format!(
                     "stopped after step {step} of {total}; a checkpoint is in {}; continue with --resume",
                     self.dir.path().display()
@@ -227,6 +240,14 @@ impl<'a> Run<'a> {
         }
         let empty = Outcome { run_dir: self.dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 };
         Ok(std::mem::replace(&mut self.outcome, empty))
+    }
+
+    /// stopped.json, as the rules say now; a resume that finds it written anew has nothing left to do.
+    fn write_stopped(&self) -> Result<()> {
+        if let Some(stopped) = self.rules.fired() {
+            self.launch.console.note(&format!("the run is over: {stopped}; --set trainer.stop_rules=[] goes on"));
+        }
+        stopped::write(self.dir.path(), self.rules.fired())
     }
 
     /// The questions of `step`: consecutive ones in its epoch's order.
@@ -239,6 +260,7 @@ impl<'a> Run<'a> {
 
     fn step(&mut self, step: u64) -> Result<()> {
         let started = Instant::now();
+        self.monitor.iter().for_each(Monitor::begin_step);
         let sigma = self.schedule.sigma(step);
         let key_step = step as u32;
         let questions = self.questions(step)?;
@@ -286,7 +308,9 @@ impl<'a> Run<'a> {
         self.samples.write_rows(&sample_rows(step, &experience, self.recipe.trainer.samples_per_step))?;
         self.tensorboard.row(step, &row)?;
         console.step(&row);
-        self.write_timing(step, started.elapsed().as_secs_f64(), seconds_rollout, &experience, &summary)
+        self.rules.observe(&row);
+        let monitor = self.monitor.as_ref();
+        self.timing.write(&timing_row(step, started, seconds_rollout, &experience, &summary, monitor))
     }
 
     fn report_disagreements(&mut self, injected: &StepInjection) {
@@ -295,32 +319,6 @@ impl<'a> Run<'a> {
         let more = injected.disagreements.len() - 1;
         let rest = if more > 0 { format!(" (and {more} more of this step)") } else { String::new() };
         self.launch.console.warn(&format!("what was injected is not what was planned: {first}{rest}"));
-    }
-
-    fn write_timing(
-        &mut self,
-        step: u64,
-        seconds: f64,
-        seconds_rollout: f64,
-        experience: &Rollout,
-        summary: &UpdateSummary,
-    ) -> Result<()> {
-        let response: usize = experience.completions.iter().map(|c| c.logprobs.len()).sum();
-        let all: usize = experience.completions.iter().map(|c| c.sequence.ids.len()).sum();
-        let mut row = json!({
-            "step": step,
-            "time_utc": crate::run::machine::utc_now(),
-            "step_s": seconds,
-            "rollout_s": seconds_rollout,
-            "logprobs_s": summary.seconds_logprobs,
-            "update_s": summary.seconds_update,
-            "rollout_tokens_per_s": response as f64 / seconds_rollout,
-            "tokens_per_s": all as f64 / seconds,
-        });
-        if let (Device::Cuda(index), Some(row)) = (self.launch.device, row.as_object_mut()) {
-            row.extend(crate::device::gpu::sample(index));
-        }
-        self.timing.write(&row)
     }
 
     fn validate(&mut self, step: u64) -> Result<()> {
@@ -346,6 +344,7 @@ impl<'a> Run<'a> {
         let row = validation_row(&validation, if step == 0 { 0 } else { self.schedule.epoch(step) });
         self.metrics.write(&row)?;
         self.tensorboard.row(step, &row)?;
+        self.rules.observe(&row);
         if let Some((headline, accuracy)) = validation.headline() {
             let n = self.workload.val.len() as u64;
             let others: Vec<(&str, f64)> = validation

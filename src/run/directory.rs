@@ -173,11 +173,18 @@ impl RunDir {
 
 /// `root/<name>-<config hash>-s<seed>`. The name must be usable as one path component.
 pub fn run_path(root: &Path, name: &str, config_hash: &str, seed: u64) -> Result<PathBuf> {
-    let usable = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
-    if name.is_empty() || name.starts_with('.') || !name.chars().all(usable) {
-        bail_input!("name: found {name:?}, expected letters, digits, '.', '_', '-' or '+', not beginning with '.'");
+    if !usable_name(name) {
+        bail_input!(
+            "name: found {name:?}, expected letters, digits, '.', '_', '-' or '+', not beginning with '.' or '-'"
+        );
     }
     Ok(root.join(format!("{name}-{config_hash}-s{seed}")))
+}
+
+/// Whether `name` can begin the name of a directory that is typed on command lines.
+pub fn usable_name(name: &str) -> bool {
+    let usable = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
+    !name.is_empty() && !name.starts_with(['.', '-']) && name.chars().all(usable)
 }
 
 /// Reads run.json and refuses what this start may not touch. `None`: nothing is there yet.

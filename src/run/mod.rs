@@ -6,16 +6,18 @@
 //! | `jsonl` | one object per line; a killed and resumed run leaves the bytes of an uninterrupted one |
 //! | `checkpoints` | what stands under a final name is complete |
 //! | `console` | people see one line per step, on a terminal also a progress bar |
+//! | `stopped` | which stop rule ended the run |
 //! | `tensorboard` | the same scalars as event files |
 //! | `signals` | the first SIGINT or SIGTERM finishes the step, the second leaves at once |
 
-pub(crate) mod atomic_file;
+pub mod atomic_file;
 pub mod checkpoints;
 pub mod console;
 pub mod directory;
 pub mod jsonl;
 pub mod machine;
 pub mod signals;
+pub mod stopped;
 pub mod tensorboard;
 
 pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};

@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 54] = [
+const TABLE: [(&str, &[&str]); 66] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
@@ -98,7 +98,47 @@ const TABLE: [(&str, &[&str]); 54] = [
     ("algorithm: {advantage: dr_grpo}", &["algorithm.advantage: `dr_grpo` is known, but not available yet"]),
     ("reward: {kind: command}", &["reward.kind: `command` is known, but not available yet"]),
     ("model: {lora: {rank: 32}}", &["model", "duplicate"]),
-    ("trainer: {stop_rules: [entropy]}", &["trainer.stop_rules: ", "not available yet"]),
+    // Stop rules: a list of sections.
+    (
+        "trainer: {stop_rules: [entropy]}",
+        &["trainer.stop_rules[0]: found string \"entropy\", expected a rule such as {metric: entropy, above: 1.0}"],
+    ),
+    ("trainer: {stop_rules: entropy}", &["trainer.stop_rules: found string \"entropy\", expected a list"]),
+    (
+        "trainer: {stop_rules: [{metric: entropy, above: 1}, {metrics: entropy, above: 1}]}",
+        &["trainer.stop_rules[1].metrics: unknown key; nearest known key: trainer.stop_rules[].metric"],
+    ),
+    ("trainer: {stop_rules: [{metric: lr, abov: 1}]}", &["nearest known key: trainer.stop_rules[].above"]),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: much}]}",
+        &["trainer.stop_rules[0].above: found string \"much\", expected a number"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1, after_step: -1}]}",
+        &["trainer.stop_rules[0].after_step: found `-1`, expected a whole number"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1}, {metric: entrpy, above: 1}]}",
+        &["trainer.stop_rules[1].metric: found \"entrpy\"", "nearest metric: entropy"],
+    ),
+    ("trainer: {stop_rules: [{above: 1}]}", &["trainer.stop_rules[0].metric: found \"\""]),
+    (
+        "noisy_ops: {enabled: false}\ntrainer: {stop_rules: [{metric: val/acc_noisy, below: 1}]}",
+        &["trainer.stop_rules[0].metric: found \"val/acc_noisy\", which this run does not have"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1, below: 0}]}",
+        &["trainer.stop_rules[0]: found both or none of above and below"],
+    ),
+    ("trainer: {stop_rules: [{metric: lr}]}", &["trainer.stop_rules[0]: found both or none"]),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: .nan}]}",
+        &["trainer.stop_rules[0].above: found NaN, expected a number"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1, patience: 0}]}",
+        &["trainer.stop_rules[0].patience: found 0, expected 1 or more"],
+    ),
     ("fake_quant: {weights: \"mxfp4:floor,sr\"}", &["fake_quant.weights: ", "expected rceil"]),
 ];
 

@@ -101,6 +101,17 @@ fn w4a4_takes_aqn_with_one_key() {
     }
 }
 
+/// The long runs on quantized weights end when they collapse, as 1a and nvfp4 were reported to.
+#[test]
+fn the_long_quantized_runs_have_stop_rules() {
+    for file in ["1a", "1c", "1d", "1e", "nvfp4"] {
+        let rules = load(&format!("{file}.yaml")).trainer.stop_rules;
+        let found: Vec<_> = rules.iter().map(|r| (r.metric.as_str(), r.above, r.below, r.after_step)).collect();
+        let expected = [("entropy", Some(1.0), None, 19), ("val/acc_quantized", None, Some(0.3), 40)];
+        assert_eq!(found, expected, "{file}");
+    }
+}
+
 #[test]
 fn e5c_has_its_116_sigmas() {
     let schedule = schedule(&load("e5c.yaml"));

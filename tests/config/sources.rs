@@ -139,6 +139,7 @@ fn the_hash_is_of_the_experiment_alone() {
         "trainer.save_every=1",
         "trainer.threads=3",
         "trainer.keep_last=9",
+        "trainer.stop_rules=[{metric: entropy, above: 1}]",
         "data.train=/elsewhere/gsm8k_train.jsonl",
         "model.path=/models/Qwen2.5-1.5B-Instruct/",
         "fake_quant.weights=nvfp4", // quantization is off

@@ -8,6 +8,8 @@ mod outputs;
 mod packed;
 mod registry_minis;
 mod resume;
+mod robustness;
 mod signals;
+mod stop_rules;
 mod support;
 mod sweep;

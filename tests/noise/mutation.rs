@@ -45,6 +45,7 @@ pub fn train(
         resume: false,
         console: &Console::new(Verbosity::from_flags(true, 0)),
         interrupt: &Interrupt::never(),
+        monitor: None,
     };
     train_with(recipe, &workload, &launch, applied)
 }

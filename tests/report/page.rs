@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use temper::analysis::report::{Report, Table, arms};
+use temper::analysis::report::{Report, arms};
 
 use crate::runs::{Made, N, PLAIN, pair, reward, right};
 use crate::{page_of, succeed, temper, text};
@@ -179,16 +179,35 @@ fn one_line_says_what_is_wrong_with_the_input() {
 }
 
 #[test]
-fn a_table_of_tests_has_its_place() {
+fn the_tests_between_arms_are_those_of_compare() {
     let dir = tempfile::tempdir().unwrap();
-    pair(dir.path());
-    let report = Report::new(arms::read(&[dir.path().to_path_buf()]).unwrap());
-    assert!(!report.html().unwrap().contains("<h3>Comparison</h3>"));
-    let words = |list: &[&str]| list.iter().map(|w| w.to_string()).collect::<Vec<_>>();
-    let table =
-        Table { header: words(&["arms", "p"]), rows: vec![words(&["on - off", "<0.01"])], note: "McNemar.".into() };
-    let page = report.with_comparison(table).html().unwrap();
-    assert!(page.contains("<h3>Comparison</h3>") && page.contains("<td>on - off</td><td>&lt;0.01</td>"));
+    let runs = dir.path().join("runs");
+    PLAIN.write(&runs);
+    assert!(!page_of(&runs).contains("<h3>Comparison</h3>"), "one arm");
+    pair(&runs);
+    let page = page_of(&runs);
+    let compared: Value = serde_json::from_str(&succeed(&["compare", text(&runs), "--json"])).unwrap();
+    let pairs = compared["pairs"].as_array().unwrap();
+    assert_eq!(pairs.len(), 2);
+    for pair in pairs {
+        let difference = 100.0 * pair["difference"].as_f64().unwrap();
+        let (arm, condition) = (pair["arm"].as_str().unwrap(), pair["condition"].as_str().unwrap());
+        let row =
+            format!("<td>{arm} - pair-off</td><td>{condition}</td><td>2</td><td>{N}</td><td>{difference:+.1}</td>");
+        assert!(page.contains(&row), "{row}");
+    }
+}
+
+#[test]
+fn a_run_that_a_rule_ended_is_not_called_unfinished() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = Made { steps: 5, ..PLAIN }.write(&dir.path().join("runs"));
+    let stopped =
+        r#"{"rule": "collapse", "metric": "entropy", "value": 1.5, "comparison": "above", "bound": 1.0, "step": 5}"#;
+    fs::write(run.join("stopped.json"), stopped).unwrap();
+    let page = page_of(&dir.path().join("runs"));
+    assert!(page.contains("Ended by a stop rule: 1 of 1") && page.contains("entropy is 1.5, above 1"));
+    assert!(page.contains("Every run is finished"));
 }
 
 /// 12 runs of 28 layers and 116 steps; the figures show all of it.
@@ -202,7 +221,7 @@ fn a_large_sweep_stays_a_small_page() {
         }
     }
     let started = std::time::Instant::now();
-    let page = Report::new(arms::read(&[dir.path().to_path_buf()]).unwrap()).html().unwrap();
+    let page = Report::new(arms::read(&[dir.path().to_path_buf()]).unwrap()).unwrap().html().unwrap();
     println!("12 runs, 28 layers, 116 steps: {} bytes in {:.1} s", page.len(), started.elapsed().as_secs_f64());
     assert!(page.len() < 5_000_000, "{} bytes", page.len());
     let cells = data(&page, "layers_aqn_std_a")["values"]["cells"].as_array().unwrap().clone();

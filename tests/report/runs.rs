@@ -94,7 +94,10 @@ impl Made {
     fn validation(&self, step: u64) -> Value {
         let mut row = json!({"step": step, "kind": "val", "epoch": 0, "val/n": N});
         for (place, condition) in ["clean", "noisy"].into_iter().enumerate() {
-            row[format!("val/correct_{condition}")] = json!(right(self, step, place));
+            let right = right(self, step, place);
+            row[format!("val/correct_{condition}")] = json!(right);
+            let marks: String = (0..N).map(|question| if question < right { '1' } else { '0' }).collect();
+            row[format!("val/questions_{condition}")] = json!(marks);
         }
         row
     }

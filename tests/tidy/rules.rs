@@ -3,9 +3,9 @@
 use crate::source_text::{code_of, line_of, modules_named, words};
 
 /// Lowest first; a module may use itself and those before it. `error` lies below all.
-pub const ORDER: [&str; 14] = [
-    "error", "numerics", "device", "ops", "inject", "model", "data", "run", "rl", "srdd", "analysis", "bench",
-    "config", "cli",
+pub const ORDER: [&str; 15] = [
+    "error", "numerics", "device", "ops", "inject", "model", "data", "run", "rl", "srdd", "analysis", "remote",
+    "bench", "config", "cli",
 ];
 pub const UNSAFE_ALLOWED: [&str; 4] = ["src/ops/cuda/", "src/ops/cpu/", "src/ops/autograd/", "src/model/checkpoint.rs"];
 pub const TCH_ALLOWED: [&str; 7] =

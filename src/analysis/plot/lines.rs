@@ -1,4 +1,4 @@
-//! Lines over an integer axis, such as a metric over steps or layers: with bands, whiskers and dashed references.
+//! Lines, such as a metric over steps or layers: with bands, whiskers and dashed references.
 
 use std::ops::Range;
 
@@ -44,6 +44,8 @@ pub struct LineChart {
     pub title: String,
     pub x_label: String,
     pub y_label: String,
+    /// Labelled at whole numbers alone, such as steps.
+    pub whole_x: bool,
     /// Values of 0 or below have no place on it and are left out.
     pub log_y: bool,
     pub series: Vec<Series>,
@@ -55,9 +57,11 @@ const LEGEND_ROW: i32 = 36;
 impl LineChart {
     /// One dotted line per name, in the order of the palette.
     pub fn of_lines(title: String, x_label: &str, y_label: &str, lines: Vec<(String, Vec<(f64, f64)>)>) -> LineChart {
+        let whole_x = lines.iter().flat_map(|(_, points)| points).all(|(x, _)| x.fract() == 0.0);
         let series = lines.into_iter().enumerate();
         let series = series.map(|(place, (name, points))| Series::new(Some(name), place, Stroke::Dotted, points));
-        LineChart { title, x_label: x_label.into(), y_label: y_label.into(), log_y: false, series: series.collect() }
+        let (x_label, y_label) = (x_label.into(), y_label.into());
+        LineChart { title, x_label, y_label, whole_x, log_y: false, series: series.collect() }
     }
 
     /// As it is drawn: the logarithm on a logarithmic axis.
@@ -153,7 +157,8 @@ impl Figure for LineChart {
         let Some((x, y)) = self.extents() else { return Err(format!("{}: nothing to draw", self.title)) };
         let x = if x.1 > x.0 { (x.0 - 0.01 * (x.1 - x.0), x.1 + 0.01 * (x.1 - x.0)) } else { (x.0 - 0.5, x.1 + 0.5) };
         let y = self.widened(y);
-        let (x_ticks, y_ticks) = (ticks::whole(x.0, x.1, 8), self.y_ticks(y));
+        let x_ticks = if self.whole_x { ticks::whole(x.0, x.1, 8) } else { ticks::linear(x.0, x.1, 8) };
+        let y_ticks = self.y_ticks(y);
         let legend: Vec<&Series> =
             self.series.iter().filter(|s| surface == Surface::File && s.name.is_some()).collect();
         let area = match surface {
@@ -179,11 +184,11 @@ impl Figure for LineChart {
                 Axis { low: y.0, high: y.1, ticks: y_ticks },
             )
             .map_err(text)?;
-        let whole = |x: &f64| format!("{x:.0}");
+        let place = |x: &f64| if self.whole_x { format!("{x:.0}") } else { ticks::number(*x) };
         let value = |y: &f64| self.y_text(*y);
         let mut mesh = chart.configure_mesh();
         mesh.disable_x_mesh().bold_line_style(style::grid().stroke_width(2)).light_line_style(TRANSPARENT);
-        mesh.axis_style(style::grid().stroke_width(2)).x_label_formatter(&whole).y_label_formatter(&value);
+        mesh.axis_style(style::grid().stroke_width(2)).x_label_formatter(&place).y_label_formatter(&value);
         mesh.label_style(style::label(style::LABEL_SIZE, style::muted()));
         mesh.axis_desc_style(style::label(style::LABEL_SIZE, style::muted())).x_desc(&self.x_label).y_desc(y_label);
         mesh.draw().map_err(text)?;

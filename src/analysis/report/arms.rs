@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::layers::LayerSums;
 use crate::analysis::run_files::RunFiles;
+use crate::run::stopped::{self, Stopped};
 use crate::{Error, Result, bail_input};
 
 /// Runs that differ in their seed alone.
@@ -27,6 +28,8 @@ pub struct Run {
     pub(super) layers: LayerSums,
     /// What console.log warns of, without repetitions.
     pub warnings: Vec<String>,
+    /// The stop rule that ended it.
+    pub stopped: Option<Stopped>,
     /// config.yaml as it lies there.
     pub config_text: String,
 }
@@ -51,6 +54,7 @@ impl Run {
             samples: files.rows("samples.jsonl")?,
             layers: LayerSums::read(&files)?,
             warnings,
+            stopped: stopped::read(path)?,
             config_text,
             files,
         })
@@ -76,8 +80,11 @@ impl Run {
         Some(epochs * per_epoch)
     }
 
-    /// A run validates after its last step, whatever `val_every` is.
+    /// A run validates after its last step, whatever `val_every` is. One that a stop rule ended is finished.
     pub fn finished(&self) -> bool {
+        if self.stopped.is_some() {
+            return true;
+        }
         let last = self.files.last_step();
         let validated = self.files.validations.last().is_some_and(|row| row["step"] == last);
         last > 0 && validated && self.planned_steps().is_none_or(|planned| last >= planned)

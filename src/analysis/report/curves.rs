@@ -111,6 +111,7 @@ fn lines(arms: &[Arm], shown: &Shown, curves: Vec<Curve>, planned: Vec<Curve>) -
         title: shown.title.into(),
         x_label: "step".into(),
         y_label: shown.unit.into(),
+        whole_x: true,
         log_y: shown.log,
         series: Vec::new(),
     };

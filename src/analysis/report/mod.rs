@@ -5,6 +5,7 @@
 //! | `arms` | which runs there are; runs of one name and configuration are the seeds of an arm |
 //! | `trust` | the head: what was run, and what speaks against believing it |
 //! | `accuracies` | accuracy before and after, by arm and condition |
+//! | `comparison` | tests between the arms |
 //! | `curves`, `shown` | everything that has a value per step; which of it is shown, and how |
 //! | `layers` | measured noise by layer and step |
 //! | `samples` | some completions |
@@ -14,6 +15,7 @@
 pub mod arms;
 
 mod accuracies;
+mod comparison;
 mod configuration;
 mod curves;
 mod layers;
@@ -30,13 +32,13 @@ use self::arms::Arm;
 use super::plot::{self, Figure as _, Frame, HeatMap, LineChart};
 use crate::{Error, Result};
 
-/// A table whose cells are text, such as one of comparisons between arms.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Table {
-    pub header: Vec<String>,
-    pub rows: Vec<Vec<String>>,
-    /// What its columns mean.
-    pub note: String,
+/// A table whose cells are text.
+#[derive(Serialize)]
+struct Table {
+    header: Vec<String>,
+    rows: Vec<Vec<String>>,
+    /// How it is to be read.
+    note: String,
 }
 
 /// A figure of the page.
@@ -95,12 +97,13 @@ struct Group {
 pub struct Report {
     arms: Vec<Arm>,
     groups: Vec<Group>,
-    /// Paired tests between arms, where somebody has made them: `with_comparison`.
     comparison: Option<Table>,
 }
 
 impl Report {
-    pub fn new(arms: Vec<Arm>) -> Report {
+    /// # Errors
+    /// `Input`: validations whose marks contradict the counts beside them.
+    pub fn new(arms: Vec<Arm>) -> Result<Report> {
         let mut groups = vec![
             curves::accuracy(&arms),
             curves::group(&arms, &shown::LEARNING),
@@ -109,13 +112,7 @@ impl Report {
             curves::machine(&arms),
         ];
         groups.retain(|group| !group.figures.is_empty());
-        Report { arms, groups, comparison: None }
-    }
-
-    /// Puts a table of tests between the arms under the accuracies.
-    pub fn with_comparison(mut self, table: Table) -> Report {
-        self.comparison = Some(table);
-        self
+        Ok(Report { comparison: comparison::table(&arms)?, arms, groups })
     }
 
     pub fn arms(&self) -> &[Arm] {

@@ -178,7 +178,7 @@ pub(super) const MACHINE: Section = Section {
 
 /// Unit and factor of a `gpu_*` key, by its last part.
 pub(super) fn gpu_unit(key: &str) -> (&'static str, f64) {
-    const UNITS: [(&str, &str, f64); 7] = [
+    const UNITS: [(&str, &str, f64); 8] = [
         ("_bytes", "GiB", 1.0 / (1u64 << 30) as f64),
         ("_ratio", "%", 100.0),
         ("_percent", "%", 1.0),
@@ -186,6 +186,7 @@ pub(super) fn gpu_unit(key: &str) -> (&'static str, f64) {
         ("_c", "°C", 1.0),
         ("_mhz", "MHz", 1.0),
         ("_s", "s", 1.0),
+        ("_j", "J", 1.0),
     ];
     let found = UNITS.into_iter().find(|(end, _, _)| key.ends_with(end));
     found.map_or(("", 1.0), |(_, unit, factor)| (unit, factor))
@@ -193,7 +194,7 @@ pub(super) fn gpu_unit(key: &str) -> (&'static str, f64) {
 
 /// `gpu_memory_used_bytes` as people say it: `GPU memory used`.
 pub(super) fn gpu_title(key: &str) -> String {
-    const ENDS: [&str; 7] = ["_bytes", "_ratio", "_percent", "_w", "_c", "_mhz", "_s"];
+    const ENDS: [&str; 8] = ["_bytes", "_ratio", "_percent", "_w", "_c", "_mhz", "_s", "_j"];
     let name = key.trim_start_matches("gpu_");
     let name = ENDS.into_iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
     format!("GPU {}", name.replace('_', " "))

@@ -75,6 +75,7 @@ pub(super) fn facts(arms: &[Arm]) -> Vec<Fact> {
 
 pub(super) fn checks(arms: &[Arm]) -> Vec<Check> {
     let mut checks = vec![noise(arms), skipped(arms), warnings(arms), unfinished(arms)];
+    checks.extend(stopped(arms));
     checks.extend(seeds(arms));
     for (what, of) in [("commits", commit as fn(&Run) -> String), ("devices", device), ("inputs", inputs)] {
         checks.extend(mixed(arms, what, of));
@@ -155,6 +156,14 @@ fn unfinished(arms: &[Arm]) -> Check {
     }
 }
 
+/// Their last accuracy is of fewer steps than that of others.
+fn stopped(arms: &[Arm]) -> Option<Check> {
+    let line = |(arm, run): (&Arm, &Run)| run.stopped.as_ref().map(|rule| format!("{}: {rule}", name(arm, run)));
+    let details: Vec<String> = all(arms).filter_map(line).collect();
+    let text = format!("Ended by a stop rule: {} of {}", details.len(), all(arms).count());
+    (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
+}
+
 /// Means over different seeds are compared less well.
 fn seeds(arms: &[Arm]) -> Option<Check> {
     let of = |arm: &Arm| arm.runs.iter().map(|run| run.files.seed.to_string()).collect::<Vec<_>>().join(", ");
@@ -193,6 +202,9 @@ fn name(arm: &Arm, run: &Run) -> String {
 
 fn state(run: &Run) -> String {
     let last = run.files.last_step();
+    if let Some(stopped) = &run.stopped {
+        return stopped.to_string();
+    }
     match (run.finished(), run.planned_steps()) {
         (true, _) => format!("finished, {last} steps"),
         (false, Some(planned)) => format!("unfinished: step {last} of {planned}"),

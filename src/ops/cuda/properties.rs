@@ -9,6 +9,7 @@ use cudarc::driver::{result, sys};
 use super::launch::{Boxes, Gpu, Properties, TensorMap};
 use super::loaded::{driver_error, require_driver};
 use crate::Result;
+use crate::device::gpu::selection::PciAddress;
 use crate::device::kernels::ARCHES;
 
 static KNOWN: Mutex<BTreeMap<i32, Arc<Properties>>> = Mutex::new(BTreeMap::new());
@@ -42,6 +43,27 @@ impl Gpu {
         };
         let properties = ask().map_err(|e| driver_error(&format!("asking cuda:{ordinal}"), e))?;
         Ok(known.entry(ordinal).or_insert(Arc::new(properties)).clone())
+    }
+
+    /// Where the card sits: what NVML and CUDA both know it by, whatever CUDA_VISIBLE_DEVICES says.
+    ///
+    /// # Errors
+    /// As [`Gpu::known_properties`].
+    pub fn pci_address(self) -> Result<PciAddress> {
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_PCI_BUS_ID as BUS, CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID as DEVICE,
+            CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID as DOMAIN,
+        };
+        let ordinal = self.ordinal()?;
+        require_driver()?;
+        let ask = || {
+            result::init()?;
+            let device = result::device::get(ordinal)?;
+            // SAFETY: the device was just returned by CUDA.
+            let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) }.map(|n| n as u32);
+            Ok(PciAddress { domain: attribute(DOMAIN)?, bus: attribute(BUS)?, device: attribute(DEVICE)? })
+        };
+        ask().map_err(|e| driver_error(&format!("asking cuda:{ordinal}"), e))
     }
 
     /// With the 128-byte swizzle that kernels/include/hopper.cuh expects, zeros outside.

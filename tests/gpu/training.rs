@@ -1,0 +1,86 @@
+//! A training run beside a fake GPU: its keys are in timing.jsonl, and nothing else changes.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use tch::Device;
+use temper::data::generated::Split;
+use temper::device::gpu::monitor::Watch;
+use temper::device::gpu::selection::Card;
+use temper::rl::trainer::{Launch, Workload, train};
+use temper::run::console::{Console, Verbosity};
+use temper::run::signals::Interrupt;
+
+use crate::small_run::{questions, recipe, tokenizer};
+use crate::support::FakeNvml;
+
+/// 4 steps on the CPU; the run directory.
+fn run(out: &Path, monitor: Option<Watch>) -> PathBuf {
+    let recipe = recipe(|r| r.algorithm.kl_coef = 0.1);
+    let tokenizer_dir = out.join("tokenizer");
+    std::fs::create_dir_all(&tokenizer_dir).unwrap();
+    let tokenizer = tokenizer(&tokenizer_dir);
+    let workload = Workload {
+        train: questions(&recipe, &tokenizer, Split::Train, 8),
+        val: questions(&recipe, &tokenizer, Split::Validation, 2),
+        tokenizer,
+        tokenizer_dir,
+        source: "generated".into(),
+        inputs: Vec::new(),
+        _scratch: None,
+    };
+    let launch = Launch {
+        device: Device::Cpu,
+        device_name: "cpu".into(),
+        out,
+        resume: false,
+        console: &Console::new(Verbosity::from_flags(true, 0)),
+        interrupt: &Interrupt::never(),
+        monitor,
+    };
+    train(&recipe, &workload, &launch).unwrap().run_dir
+}
+
+#[test]
+fn the_gpu_is_in_timing_jsonl_and_metrics_are_the_same_bytes() {
+    temper::device::set_threads(Some(1));
+    let dir = tempfile::tempdir().unwrap();
+    let fake = FakeNvml::new(
+        "1.energy_per_call 3000\n1.throttle 64\n1.temperature 90\n1.utilization 80\n1.memory_utilization -",
+    );
+    let watch = |library: PathBuf| {
+        Some(Watch { library: Some(library), card: Card::Index(1), every: Duration::from_millis(1) })
+    };
+    let with = run(&dir.path().join("with"), watch(fake.library()));
+    let without = run(&dir.path().join("without"), None);
+    let absent = run(&dir.path().join("absent"), watch("/nowhere/libnvidia-ml.so.1".into()));
+    let timing = |run: &Path| -> Vec<Value> {
+        let text = std::fs::read_to_string(run.join("timing.jsonl")).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let rows = timing(&with);
+    assert_eq!(rows.len(), 4);
+    for row in &rows {
+        // NVML gives both rates in one answer.
+        assert_eq!((row.get("gpu_utilization_ratio"), &row["gpu_temperature_c"]), (None, &90.into()), "{row}");
+        assert_eq!(
+            (&row["gpu_throttle_reasons"][0], &row["gpu_energy_source"]),
+            (&"hw_thermal_slowdown".into(), &"counter".into())
+        );
+        assert!(row["gpu_energy_j"].as_f64().unwrap() >= 3.0 && row["gpu_power_w"] == 200.0, "{row}");
+    }
+    // Begin and end of 4 steps, and what the thread read in between.
+    assert!(fake.logged("reading 1") > 8, "{}", fake.logged("reading 1"));
+    assert_eq!((fake.logged("init"), fake.logged("shutdown")), (1, 1));
+    for other in [&without, &absent] {
+        assert!(timing(other).iter().all(|row| row.as_object().unwrap().keys().all(|key| !key.starts_with("gpu_"))));
+        for file in ["metrics.jsonl", "injection.jsonl", "samples.jsonl"] {
+            let [a, b] = [&with, other].map(|run| std::fs::read(run.join(file)).unwrap());
+            assert!(a == b, "{file}");
+        }
+    }
+    let said = std::fs::read_to_string(with.join("console.log")).unwrap();
+    assert_eq!(said.matches("warning: GPU 1 is throttled: hw_thermal_slowdown at 90 °C").count(), 1, "{said}");
+    assert!(!std::fs::read_to_string(without.join("console.log")).unwrap().contains("GPU"));
+}
