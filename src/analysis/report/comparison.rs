@@ -1,13 +1,24 @@
 //! The tests that `compare` makes between the arms, as a table of the page.
 
+use serde::Serialize;
+
 use super::Table;
 use super::arms::Arm;
 use crate::Result;
 use crate::analysis::compare::{Comparison, Pair, render};
 use crate::analysis::run_files::RunFiles;
 
+#[derive(Serialize)]
+pub(super) struct Tests {
+    table: Table,
+    /// What speaks against comparing these runs.
+    warnings: Vec<String>,
+    /// How the figures are to be read.
+    notes: Vec<String>,
+}
+
 /// None where there are no two arms with a validation.
-pub(super) fn table(arms: &[Arm]) -> Result<Option<Table>> {
+pub(super) fn tests_between(arms: &[Arm]) -> Result<Option<Tests>> {
     let validated = |arm: &&Arm| arm.runs.iter().any(|run| !run.files.validations.is_empty());
     if arms.iter().filter(validated).count() < 2 {
         return Ok(None);
@@ -26,12 +37,10 @@ pub(super) fn table(arms: &[Arm]) -> Result<Option<Table>> {
         "p (Holm)",
         "detectable, points",
     ];
-    let notes = [comparison.warnings.as_slice(), &comparison.notes].concat();
-    Ok((!comparison.pairs.is_empty()).then(|| Table {
-        header: header.map(str::to_string).into(),
-        rows: comparison.pairs.iter().map(|pair| row(pair, &comparison.baseline)).collect(),
-        note: notes.join(" "),
-    }))
+    let rows: Vec<_> = comparison.pairs.iter().map(|pair| row(pair, &comparison.baseline)).collect();
+    let table = Table { header: header.map(str::to_string).into(), rows };
+    let tests = Tests { table, warnings: comparison.warnings, notes: comparison.notes };
+    Ok((!comparison.pairs.is_empty()).then_some(tests))
 }
 
 fn row(pair: &Pair, baseline: &str) -> Vec<String> {

@@ -22,7 +22,7 @@ pub(super) fn differences(arms: &[Arm]) -> Option<Table> {
         }
     }
     let header = ["key"].into_iter().chain(arms.iter().map(|arm| arm.label.as_str())).map(str::to_string).collect();
-    Some(Table { header, rows, note: String::new() })
+    Some(Table { header, rows })
 }
 
 /// Dotted keys. A list is one value, and so is a map of numbers, such as multipliers by layer.

@@ -37,8 +37,6 @@ use crate::{Error, Result};
 struct Table {
     header: Vec<String>,
     rows: Vec<Vec<String>>,
-    /// How it is to be read.
-    note: String,
 }
 
 /// A figure of the page.
@@ -97,7 +95,7 @@ struct Group {
 pub struct Report {
     arms: Vec<Arm>,
     groups: Vec<Group>,
-    comparison: Option<Table>,
+    comparison: Option<comparison::Tests>,
 }
 
 impl Report {
@@ -112,7 +110,7 @@ impl Report {
             curves::machine(&arms),
         ];
         groups.retain(|group| !group.figures.is_empty());
-        Ok(Report { comparison: comparison::table(&arms)?, arms, groups })
+        Ok(Report { comparison: comparison::tests_between(&arms)?, arms, groups })
     }
 
     pub fn arms(&self) -> &[Arm] {
