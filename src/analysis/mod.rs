@@ -1,7 +1,8 @@
-//! What runs gave: their files, statistics, charts.
+//! What runs gave: their files, statistics, charts, a page about them.
 
 pub mod compare;
 pub mod decision;
 pub mod plot;
+pub mod report;
 pub mod run_files;
 pub mod statistics;

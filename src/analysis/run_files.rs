@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::rl::evaluation::Condition;
@@ -43,7 +44,7 @@ impl RunFiles {
         else {
             bail_input!("{}: expected name, config_hash and seed, found {run}", run_path.display());
         };
-        let metrics = rows(&path.join("metrics.jsonl"))?;
+        let metrics: Vec<Value> = rows(&path.join("metrics.jsonl"))?;
         let (validations, train) = metrics.into_iter().partition(|row| row["kind"] == "val");
         Ok(RunFiles {
             path: path.to_path_buf(),
@@ -59,6 +60,11 @@ impl RunFiles {
 
     /// Rows of another of the run's .jsonl files: timing, injection, samples. None where it was not begun.
     pub fn rows(&self, file: &str) -> Result<Vec<Value>> {
+        rows(&self.path.join(file))
+    }
+
+    /// The same, of a file so large that only what is needed of a row is kept.
+    pub fn rows_as<T: DeserializeOwned>(&self, file: &str) -> Result<Vec<T>> {
         rows(&self.path.join(file))
     }
 
@@ -80,7 +86,7 @@ pub fn correct(validation: &Value, condition: Condition) -> Option<(u64, u64)> {
 }
 
 /// The objects of a .jsonl file; none where there is no file. A last line without its end is being written, and left out.
-fn rows(path: &Path) -> Result<Vec<Value>> {
+fn rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     if !path.exists() {
         return Ok(Vec::new());
     }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{common, eval};
 use crate::analysis::compare::render::probability;
-use crate::analysis::plot::Chart;
+use crate::analysis::plot::{self, LineChart};
 use crate::analysis::statistics::mcnemar::mcnemar;
 use crate::config::{self, Config};
 use crate::numerics::format::Format;
@@ -190,13 +190,9 @@ pub fn plot(rows: &[Value], stem: &Path) -> Result<()> {
     }
     lines.iter_mut().for_each(|(_, points)| points.sort_by(|a, b| a.0.total_cmp(&b.0)));
     let n = rows.first().map_or(Value::Null, |row| row["n"].clone());
-    let chart = Chart {
-        title: format!("accuracy under error, n = {n}"),
-        x_label: "relative error of every product, %".to_string(),
-        y_label: "accuracy, %".to_string(),
-        lines,
-    };
-    chart.write(stem)
+    let title = format!("accuracy under error, n = {n}");
+    let chart = LineChart::of_lines(title, "relative error of every product, %", "accuracy, %", lines);
+    plot::write(&chart, stem)
 }
 
 /// 100 * 0.07 is 7.000000000000001.

@@ -16,6 +16,7 @@ pub mod plan;
 mod prompt;
 pub mod quantize;
 pub mod quickstart;
+pub mod report;
 mod results;
 pub mod scan;
 mod scan_faults;
@@ -84,6 +85,8 @@ enum Command {
     Clean(jobs::CleanArgs),
     /// What runs reached, arm against arm, with intervals and paired tests
     Compare(compare::Args),
+    /// One self-contained HTML page about runs or a sweep
+    Report(report::Args),
     /// Accuracy of a model, clean and under the configuration's noise and quantization
     Eval(eval::Args),
     /// Continue a prompt
@@ -168,6 +171,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Cancel(args) => jobs::cancel(args, &cli.global),
         Command::Clean(args) => jobs::clean(args, &cli.global),
         Command::Compare(args) => compare::run(args, &cli.global),
+        Command::Report(args) => report::run(args, &cli.global),
         Command::Eval(args) => eval::run(args, &cli.global),
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),

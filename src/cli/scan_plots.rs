@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::scan::Found;
-use crate::analysis::plot::Chart;
+use crate::analysis::plot::{self, LineChart};
 use crate::numerics::tensor_error::TensorError;
 use crate::srdd::summary::FormatSummary;
 use crate::{Error, Result};
@@ -19,7 +19,7 @@ const SHOWN: [Shown; 3] = [
 /// Writes them, in SVG and PNG, into `directory`, which is made if need be.
 pub fn write(found: &Found, directory: &Path) -> Result<()> {
     std::fs::create_dir_all(directory).map_err(|e| Error::io(directory, e))?;
-    let mut charts: Vec<(String, Chart)> = Vec::new();
+    let mut charts: Vec<(String, LineChart)> = Vec::new();
     if let Some(scan) = &found.weights {
         charts.extend(of_formats("weights", &scan.formats));
     }
@@ -38,10 +38,10 @@ pub fn write(found: &Found, directory: &Path) -> Result<()> {
         let lines = vec![("relative change".to_string(), values)];
         charts.push(("changes".into(), chart("changes of weights".into(), "|after - before| / |before|", lines)));
     }
-    charts.iter().try_for_each(|(name, chart)| chart.write(&directory.join(name)))
+    charts.iter().try_for_each(|(name, chart)| plot::write(chart, &directory.join(name)))
 }
 
-fn of_formats(part: &str, formats: &[FormatSummary]) -> Vec<(String, Chart)> {
+fn of_formats(part: &str, formats: &[FormatSummary]) -> Vec<(String, LineChart)> {
     let of_metric = |(name, label, value): Shown| {
         let line = |summary: &FormatSummary| {
             let values = summary.layers.iter().map(|l| (l.layer as f64, value(&l.mean)));
@@ -52,6 +52,6 @@ fn of_formats(part: &str, formats: &[FormatSummary]) -> Vec<(String, Chart)> {
     SHOWN.map(of_metric).into()
 }
 
-fn chart(title: String, y_label: &str, lines: Vec<(String, Vec<(f64, f64)>)>) -> Chart {
-    Chart { title, x_label: "layer".into(), y_label: y_label.into(), lines }
+fn chart(title: String, y_label: &str, lines: Vec<(String, Vec<(f64, f64)>)>) -> LineChart {
+    LineChart::of_lines(title, "layer", y_label, lines)
 }

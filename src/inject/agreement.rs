@@ -14,7 +14,7 @@ use crate::numerics::error_law::ErrorLaw;
 const LIMIT_STANDARD_ERRORS: f64 = 5.0;
 /// f32 rounding of w + m*sigma*z; matters only where there are very many elements.
 const AQN_TOLERANCE: f64 = 1e-3;
-const MATMUL_TOLERANCE: f64 = 0.02;
+pub(crate) const MATMUL_TOLERANCE: f64 = 0.02;
 /// The measured error is that of rounded outputs: in bf16 the two roundings add about this much, in quadrature.
 const BF16_ROUNDING: f64 = 0.0025;
 /// w' of a linear is rounded to the product's dtype, which in bf16 adds a few per cent at small sigma.

@@ -1,6 +1,6 @@
 //! What is injected where: sigma schedule, layer multipliers, the resolved plan, what was measured.
 
-mod agreement;
+pub(crate) mod agreement;
 pub mod injector;
 pub mod measured;
 pub mod modules;

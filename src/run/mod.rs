@@ -10,6 +10,7 @@
 //! | `tensorboard` | the same scalars as event files |
 //! | `signals` | the first SIGINT or SIGTERM finishes the step, the second leaves at once |
 
+pub mod atomic_file;
 pub mod checkpoints;
 pub mod console;
 pub mod directory;
@@ -18,8 +19,6 @@ pub mod machine;
 pub mod signals;
 pub mod stopped;
 pub mod tensorboard;
-
-pub mod atomic_file;
 
 pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};
 pub use console::{Console, Progress, Verbosity};

@@ -1,0 +1,61 @@
+//! The tests that `compare` makes between the arms, as a table of the page.
+
+use serde::Serialize;
+
+use super::Table;
+use super::arms::Arm;
+use crate::Result;
+use crate::analysis::compare::{Comparison, Pair, render};
+use crate::analysis::run_files::RunFiles;
+
+#[derive(Serialize)]
+pub(super) struct Tests {
+    table: Table,
+    /// What speaks against comparing these runs.
+    warnings: Vec<String>,
+    /// How the figures are to be read.
+    notes: Vec<String>,
+}
+
+/// None where there are no two arms with a validation.
+pub(super) fn tests_between(arms: &[Arm]) -> Result<Option<Tests>> {
+    let validated = |arm: &&Arm| arm.runs.iter().any(|run| !run.files.validations.is_empty());
+    if arms.iter().filter(validated).count() < 2 {
+        return Ok(None);
+    }
+    // In the page's order, so that its first arm is the baseline.
+    let runs = arms.iter().flat_map(|arm| &arm.runs).map(|run| RunFiles::read(&run.files.path));
+    let comparison = Comparison::of(&runs.collect::<Result<Vec<_>>>()?, None)?;
+    let header = [
+        "arm",
+        "condition",
+        "seeds",
+        "n",
+        "difference, points",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+        "detectable, points",
+    ];
+    let rows: Vec<_> = comparison.pairs.iter().map(|pair| row(pair, &comparison.baseline)).collect();
+    let table = Table { header: header.map(str::to_string).into(), rows };
+    let tests = Tests { table, warnings: comparison.warnings, notes: comparison.notes };
+    Ok((!comparison.pairs.is_empty()).then_some(tests))
+}
+
+fn row(pair: &Pair, baseline: &str) -> Vec<String> {
+    let points = |share: f64| format!("{:+.1}", 100.0 * share);
+    let figures = &pair.figures;
+    let (arm, base) = figures.seeds;
+    vec![
+        format!("{} - {baseline}", pair.arm),
+        pair.condition.name().to_string(),
+        if arm == base { arm.to_string() } else { format!("{arm}, {base}") },
+        pair.n.to_string(),
+        points(figures.difference),
+        figures.ci95.map_or_else(String::new, |(low, high)| format!("[{}, {}]", points(low), points(high))),
+        render::probability(figures.p),
+        render::probability(pair.p_holm),
+        pair.minimum_detectable_difference.map_or_else(String::new, |share| format!("{:.1}", 100.0 * share)),
+    ]
+}

@@ -1,0 +1,246 @@
+//! The head of the page: what was run, and what speaks against believing it.
+
+use std::collections::BTreeSet;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::arms::{Arm, Run};
+
+/// What a reader wants to know first.
+#[derive(Serialize)]
+pub(super) struct Fact {
+    name: &'static str,
+    value: String,
+}
+
+#[derive(Clone, Copy, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Level {
+    Good,
+    Note,
+    Bad,
+}
+
+#[derive(Serialize)]
+pub(super) struct Check {
+    level: Level,
+    text: String,
+    /// One line per run that it concerns.
+    details: Vec<String>,
+}
+
+/// A row of the table of runs.
+#[derive(Serialize)]
+pub(super) struct RunLine {
+    arm: String,
+    colour: usize,
+    seed: u64,
+    directory: String,
+    state: String,
+    finished: bool,
+    started: String,
+    device: String,
+    commit: String,
+    seconds: String,
+}
+
+pub(super) fn facts(arms: &[Arm]) -> Vec<Fact> {
+    let seeds: BTreeSet<usize> = arms.iter().map(|arm| arm.runs.len()).collect();
+    let seeds = seeds.iter().map(usize::to_string).collect::<Vec<_>>().join(" or ");
+    let runs: usize = arms.iter().map(|arm| arm.runs.len()).sum();
+    let texts = |of: &dyn Fn(&Run) -> String| {
+        let found: BTreeSet<String> = all(arms).map(|(_, run)| of(run)).filter(|text| !text.is_empty()).collect();
+        if found.is_empty() { "unknown".to_string() } else { found.into_iter().collect::<Vec<_>>().join(", ") }
+    };
+    let day = |(_, run): (&Arm, &Run)| field(run, "time_utc").chars().take(10).collect::<String>();
+    let days: BTreeSet<String> = all(arms).map(day).filter(|day| !day.is_empty()).collect();
+    let days = match (days.first(), days.last()) {
+        (Some(first), Some(last)) if first != last => format!("{first} to {last}"),
+        (Some(day), _) => day.clone(),
+        _ => "unknown".to_string(),
+    };
+    vec![
+        Fact { name: "arms × seeds", value: format!("{} × {seeds} ({runs} runs)", arms.len()) },
+        Fact { name: "model", value: texts(&model) },
+        Fact {
+            name: "steps",
+            value: texts(&|run| run.planned_steps().unwrap_or_else(|| run.files.last_step()).to_string()),
+        },
+        Fact { name: "device", value: texts(&device) },
+        Fact { name: "commit", value: texts(&commit) },
+        Fact { name: "date", value: days },
+    ]
+}
+
+pub(super) fn checks(arms: &[Arm]) -> Vec<Check> {
+    let mut checks = vec![noise(arms), skipped(arms), warnings(arms), unfinished(arms)];
+    checks.extend(stopped(arms));
+    checks.extend(seeds(arms));
+    for (what, of) in [("commits", commit as fn(&Run) -> String), ("devices", device), ("inputs", inputs)] {
+        checks.extend(mixed(arms, what, of));
+    }
+    checks.extend(resumed(arms));
+    checks
+}
+
+pub(super) fn runs(arms: &[Arm]) -> Vec<RunLine> {
+    let mut lines = Vec::new();
+    for (colour, arm) in arms.iter().enumerate() {
+        lines.extend(arm.runs.iter().map(|run| RunLine {
+            arm: arm.label.clone(),
+            colour,
+            seed: run.files.seed,
+            directory: run.files.path.file_name().unwrap_or(run.files.path.as_os_str()).to_string_lossy().into_owned(),
+            state: state(run),
+            finished: run.finished(),
+            started: field(run, "time_utc"),
+            device: device(run),
+            commit: commit(run),
+            seconds: format!("{:.0}", run.timing.iter().filter_map(|row| row["step_s"].as_f64()).sum::<f64>()),
+        }));
+    }
+    lines
+}
+
+/// The check that the whole instrument is for.
+fn noise(arms: &[Arm]) -> Check {
+    let steps: usize = all(arms).map(|(_, run)| run.files.train.len()).sum();
+    let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
+    let mut wrong = 0;
+    let mut details = Vec::new();
+    for (arm, run) in all(arms) {
+        let found: Vec<u64> = run.files.train.iter().filter(disagrees).filter_map(|row| row["step"].as_u64()).collect();
+        if let Some(first) = found.first() {
+            details.push(format!("{}: {} steps, the first is {first}", name(arm, run), found.len()));
+            wrong += found.len();
+        }
+    }
+    let measured = |(_, run): (&Arm, &Run)| run.files.train.iter().any(|row| !row["injection/disagreements"].is_null());
+    let (level, text) = match wrong {
+        _ if steps == 0 => (Level::Note, "No step was trained yet".to_string()),
+        _ if !all(arms).any(measured) => (Level::Bad, "The injected noise was not checked".to_string()),
+        0 => (Level::Good, format!("Measured noise agrees with the plan in all {steps} steps")),
+        wrong => (Level::Bad, format!("Measured noise disagrees with the plan in {wrong} of {steps} steps")),
+    };
+    Check { level, text, details }
+}
+
+fn skipped(arms: &[Arm]) -> Check {
+    let of = |run: &Run| run.files.train.iter().filter_map(|row| row["skipped_steps"].as_f64()).sum::<f64>() as u64;
+    let found = all(arms).filter(|(_, run)| of(run) > 0);
+    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), of(run))).collect();
+    match all(arms).map(|(_, run)| of(run)).sum::<u64>() {
+        0 => Check { level: Level::Good, text: "No update was skipped".to_string(), details },
+        n => Check { level: Level::Note, text: format!("Skipped updates: {n}"), details },
+    }
+}
+
+fn warnings(arms: &[Arm]) -> Check {
+    let lines =
+        |(arm, run): (&Arm, &Run)| run.warnings.iter().map(|w| format!("{}: {w}", name(arm, run))).collect::<Vec<_>>();
+    let details: Vec<String> = all(arms).flat_map(lines).collect();
+    match details.len() {
+        0 => Check { level: Level::Good, text: "No warnings".to_string(), details },
+        n => Check { level: Level::Note, text: format!("Warnings: {n}"), details },
+    }
+}
+
+fn unfinished(arms: &[Arm]) -> Check {
+    let total = all(arms).count();
+    let found = all(arms).filter(|(_, run)| !run.finished());
+    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), state(run))).collect();
+    match details.len() {
+        0 => Check { level: Level::Good, text: "Every run is finished".to_string(), details },
+        n => Check { level: Level::Bad, text: format!("Unfinished runs: {n} of {total}"), details },
+    }
+}
+
+/// Their last accuracy is of fewer steps than that of others.
+fn stopped(arms: &[Arm]) -> Option<Check> {
+    let line = |(arm, run): (&Arm, &Run)| run.stopped.as_ref().map(|rule| format!("{}: {rule}", name(arm, run)));
+    let details: Vec<String> = all(arms).filter_map(line).collect();
+    let text = format!("Ended by a stop rule: {} of {}", details.len(), all(arms).count());
+    (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
+}
+
+/// Means over different seeds are compared less well.
+fn seeds(arms: &[Arm]) -> Option<Check> {
+    let of = |arm: &Arm| arm.runs.iter().map(|run| run.files.seed.to_string()).collect::<Vec<_>>().join(", ");
+    let same = arms.iter().all(|arm| of(arm) == of(&arms[0]));
+    let details = arms.iter().map(|arm| format!("{}: {}", arm.label, of(arm))).collect();
+    (!same).then(|| Check { level: Level::Note, text: "Arms have different seeds".to_string(), details })
+}
+
+/// What should be one and the same over all runs.
+fn mixed(arms: &[Arm], what: &str, of: fn(&Run) -> String) -> Option<Check> {
+    let found: BTreeSet<String> = all(arms).map(|(_, run)| of(run)).collect();
+    let details =
+        || found.iter().map(|value| if value.is_empty() { "unknown".to_string() } else { value.clone() }).collect();
+    (found.len() > 1).then(|| Check {
+        level: Level::Note,
+        text: format!("Runs of {} {what}", found.len()),
+        details: details(),
+    })
+}
+
+fn resumed(arms: &[Arm]) -> Option<Check> {
+    let of = |run: &Run| run.files.run["resumes"].as_array().map_or(0, Vec::len);
+    let found = all(arms).filter(|(_, run)| of(run) > 0);
+    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {} times", name(arm, run), of(run))).collect();
+    let text = format!("Resumed runs: {}", details.len());
+    (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
+}
+
+fn all(arms: &[Arm]) -> impl Iterator<Item = (&Arm, &Run)> {
+    arms.iter().flat_map(|arm| arm.runs.iter().map(move |run| (arm, run)))
+}
+
+fn name(arm: &Arm, run: &Run) -> String {
+    format!("{}, seed {}", arm.label, run.files.seed)
+}
+
+fn state(run: &Run) -> String {
+    let last = run.files.last_step();
+    if let Some(stopped) = &run.stopped {
+        return stopped.to_string();
+    }
+    match (run.finished(), run.planned_steps()) {
+        (true, _) => format!("finished, {last} steps"),
+        (false, Some(planned)) => format!("unfinished: step {last} of {planned}"),
+        (false, None) => format!("unfinished: step {last}"),
+    }
+}
+
+fn field(run: &Run, key: &str) -> String {
+    run.files.run[key].as_str().unwrap_or_default().to_string()
+}
+
+fn commit(run: &Run) -> String {
+    field(run, "git_commit").chars().take(10).collect()
+}
+
+/// A CPU with its kind and threads, since its speed and rounding depend on them.
+fn device(run: &Run) -> String {
+    let device = field(run, "device");
+    match (run.files.run["cpu"]["model"].as_str(), run.files.run["threads"].as_u64()) {
+        (Some(cpu), Some(threads)) if device == "cpu" => {
+            format!("CPU ({cpu}, {threads} thread{})", if threads == 1 { "" } else { "s" })
+        }
+        _ => device,
+    }
+}
+
+fn inputs(run: &Run) -> String {
+    let inputs = run.files.run["inputs"].as_object().into_iter().flatten();
+    inputs
+        .map(|(what, digest)| format!("{what} {}", digest.as_str().unwrap_or_default()))
+        .collect::<Vec<_>>()
+        .join(", ")
+}
+
+fn model(run: &Run) -> String {
+    let model = &run.files.config["model"];
+    let path = model["path"].as_str().and_then(|path| std::path::Path::new(path).file_name()?.to_str());
+    path.or(model["preset"].as_str()).unwrap_or_default().to_string()
+}
