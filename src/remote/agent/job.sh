@@ -97,7 +97,7 @@ submit_to_slurm() { # ARGUMENTS...; options: one per line
   while IFS= read -r option; do [ -n "$option" ] && set -- "$@" "$option"; done <<OPTIONS
 $options
 OPTIONS
-  number=$(sbatch "$@" "$batch" 2>"$directory/sbatch.err") ||
+  number=$(sbatch "$@" "$batch" 2>"$directory/sbatch.err" 7>&-) ||
     { message=$(head -n 1 "$directory/sbatch.err"); forget; fail 1 "sbatch: $message"; }
   slot "$directory/slurm" "${number%%;*}"
 }
