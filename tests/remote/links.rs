@@ -174,7 +174,7 @@ fn a_full_disk_refuses_new_jobs_and_hides_no_end() {
     assert_eq!(client.wait_for(&id, "failed")["exit_code"], 1);
     let line = client.fail(1, &client.submission("next"));
     assert!(line.contains("no space"), "{line}");
-    assert_eq!(client.names("jobs"), [id.clone()]);
+    assert_eq!(client.names("jobs"), std::slice::from_ref(&id));
     std::fs::remove_file(client.run_file(&id, "zeros")).unwrap();
     client.submit("next", &[]);
 }
