@@ -5,7 +5,8 @@
 #   scripts/bootstrap.sh [--runtime-only] [--with-test-tools]
 #
 #   --runtime-only     only what a ready-made binary needs to run: libtorch; no nvcc, no build
-#   --with-test-tools  also the Python packages that tests compare with (transformers, tensorboard, ...)
+#   --with-test-tools  also what tests compare with or run against: Python packages (transformers, tensorboard, ...) and,
+#                      where apt-get may be used (root), Debian's openssh-server and chromium; no service is started
 #
 # A LIBTORCH in the environment (a torch 2.11 package directory) is used in place of the torch wheel.
 # PYTHON names the Python to use (3.10 or later; default python3).
@@ -22,7 +23,7 @@ for argument in "$@"; do
   case "$argument" in
     --runtime-only) runtime_only=true ;;
     --with-test-tools) test_tools=true ;;
-    -h | --help) sed -n '2,12s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     *) say "error: unknown argument $argument (expected --runtime-only or --with-test-tools)"; exit 2 ;;
   esac
 done
@@ -103,6 +104,28 @@ done
 if [ ! -e "$TORCH_DIR/lib/libtorch_cpu.so" ]; then
   die "$TORCH_DIR/lib/libtorch_cpu.so was not found" "LIBTORCH must be the directory of a torch 2.11 package (unset it to use the pinned wheel, or remove .venv to install that again)"
 fi
+
+# Tests run an sshd of their own and look at the report in a browser; without these two they skip, and say so.
+debian_tools() {
+  local wanted="" policy=/usr/sbin/policy-rc.d status=0
+  [ -x /usr/sbin/sshd ] || wanted="$wanted openssh-server"
+  command -v chromium >/dev/null || wanted="$wanted chromium"
+  [ -n "$wanted" ] || return 0
+  if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
+    say "not installed, so their tests will skip:$wanted (as root: apt-get install$wanted)"
+    return 0
+  fi
+  say "Debian packages to install:$wanted (about 150 MB for a browser)"
+  # Installing a server must not start it.
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod +x "$policy"
+    trap 'rm -f /usr/sbin/policy-rc.d' EXIT
+  fi
+  # shellcheck disable=SC2086 # a list of words
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $wanted; } >/dev/null 2>&1 || status=$?
+  [ "$status" -eq 0 ] || say "apt-get could not install them; their tests will skip"
+}
+if $test_tools; then phase "sshd and browser for tests" debian_tools; fi
 
 if $runtime_only; then
   say "ready to run: LD_LIBRARY_PATH=$TORCH_DIR/lib temper doctor"
