@@ -153,12 +153,31 @@ impl Job {
         if state == State::Queued && !self.held.is_empty() && self.slurm.is_none() {
             return format!("held: {}", self.held.join(", "));
         }
+        if let (State::Running, Some(trouble)) = (state, self.timing.as_ref().and_then(card_trouble)) {
+            return trouble;
+        }
         match (state, self.heartbeat_age_s) {
             (State::Running, Some(age)) if age as f64 > 12.0 * heartbeat_s => format!("no heartbeat for {age} s"),
             (State::Failed | State::Skipped | State::Lost, _) => self.last_line.clone().unwrap_or_default(),
             _ => String::new(),
         }
     }
+}
+
+/// What the GPU monitor saw in the last step that a person should know: a row of timing.jsonl.
+fn card_trouble(timing: &Value) -> Option<String> {
+    let list = |key: &str| timing[key].as_array().filter(|list| !list.is_empty());
+    let mut said = Vec::new();
+    if let Some(foreign) = list("gpu_foreign_processes") {
+        said.push(format!("foreign processes on its GPU: {}", foreign.len()));
+    }
+    if let Some(uncorrected) = timing["gpu_ecc_uncorrected"].as_u64().filter(|n| *n > 0) {
+        said.push(format!("{uncorrected} uncorrected ECC errors"));
+    }
+    let slow = |reason: &&str| ["thermal", "brake", "slowdown"].iter().any(|word| reason.to_lowercase().contains(word));
+    let reasons = list("gpu_throttle_reasons").into_iter().flatten().filter_map(Value::as_str);
+    said.extend(reasons.filter(slow).map(|reason| format!("throttled: {reason}")));
+    (!said.is_empty()).then(|| said.join(", "))
 }
 
 /// Asks a host for jobs: those named, else all.
@@ -306,6 +325,12 @@ mod tests {
         assert!(job(&[("phase", "running"), ("job_alive", "yes")]).note(5.0).contains("supervisor is gone"));
         assert!(job(&[("phase", "running")]).note(5.0).contains("started anew"));
         let alive = [("phase", "running"), ("job_alive", "yes"), ("supervisor_alive", "yes")];
+        let row = r#"{"gpu_foreign_processes": [{"pid": 7}], "gpu_throttle_reasons": ["sw_power_cap", "hw_thermal_slowdown"]}"#;
+        let note = job(&[&alive[..], &[("timing", row)]].concat()).note(5.0);
+        assert_eq!(note, "foreign processes on its GPU: 1, throttled: hw_thermal_slowdown");
+        let row =
+            r#"{"gpu_foreign_processes": [], "gpu_throttle_reasons": ["sw_power_cap"], "gpu_ecc_uncorrected": 0}"#;
+        assert_eq!(job(&[&alive[..], &[("timing", row)]].concat()).note(5.0), "");
         let beat = |at: &'static str| job(&[&alive[..], &[("heartbeat", at)]].concat()).note(5.0);
         assert_eq!((beat("990"), beat("700")), (String::new(), "no heartbeat for 300 s".to_string()));
     }

@@ -77,6 +77,42 @@ fn a_job_runs_after_another_or_is_skipped() {
     assert!(line.contains("--after e7: no such job"), "{line}");
 }
 
+/// The wrappers say nothing that temper does not.
+#[test]
+fn the_scripts_string_the_commands_together() {
+    let client = Client::local("slots: 8");
+    let script = |args: &[&str]| {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/a100.sh");
+        let mut command = Command::new("bash");
+        command.arg(path).args(args).env("TEMPER", env!("CARGO_BIN_EXE_temper"));
+        let output = command.env("TEMPER_HOSTS", client.path("hosts.yaml")).output().unwrap();
+        assert!(output.status.success(), "{args:?}: {}", crate::support::text(&output.stderr));
+        crate::support::text(&output.stdout)
+    };
+    client.config("any");
+    let binary = client.path("stand-in").display().to_string();
+    let more = ["submit", "box", "--binary", &binary, "--set", "seed=3"];
+    let planned = script(&[&more[..], &["--dry-run"]].concat());
+    assert!(planned.contains("e9b") && client.names("jobs").is_empty());
+    script(&more);
+    let jobs = client.names("jobs");
+    assert!(jobs.len() == 3 && jobs.iter().all(|id| id.ends_with("-s3")), "{jobs:?}");
+    let id = |name: &str| jobs.iter().find(|id| id.starts_with(&format!("{name}-"))).unwrap();
+    client.wait_for_start(id("e5c"));
+    assert_eq!((client.state(id("e9a")).as_str(), client.state(id("e9b")).as_str()), ("waiting", "waiting"));
+    client.end(id("e5c"), 1);
+    for name in ["e9a", "e9b"] {
+        client.wait_for_start(id(name));
+        client.end(id(name), 0);
+        client.wait_for(id(name), "finished");
+    }
+    let out = client.path("fetched").display().to_string();
+    script(&["fetch", "box", "--out", &out]);
+    assert!(jobs.iter().all(|id| client.path("fetched").join(id).join("metrics.jsonl").exists()));
+    script(&["clean", "box"]);
+    assert!(client.names("jobs").is_empty() && client.names("runs").len() == 3);
+}
+
 /// A card belongs to the machine: whoever's root, whoever's sweep.
 #[test]
 fn two_roots_share_a_card() {
