@@ -1,11 +1,15 @@
-//! A run directory as it lies on disk, read for tables, comparisons and reports; it may still be written by its run.
+//! Run directories as they lie on disk, found and read for tables, comparisons and reports; one may still be written by its
+//! run.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::rl::evaluation::Condition;
+use crate::run::stopped::{self, Stopped};
 use crate::{Error, Result, bail_input, input_error};
 
 /// What a run left behind. Rows are in the order of their steps.
@@ -19,10 +23,63 @@ pub struct RunFiles {
     pub run: Value,
     /// config.yaml, resolved.
     pub config: Value,
+    /// The same as it lies there.
+    pub config_text: String,
+    /// The stop rule that ended it.
+    pub stopped: Option<Stopped>,
     /// Rows of metrics.jsonl of kind `train`.
     pub train: Vec<Value>,
     /// Rows of metrics.jsonl of kind `val`.
     pub validations: Vec<Value>,
+}
+
+/// How the runs in one directory follow each other.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    Name,
+    Start,
+}
+
+/// Reads run directories, and those that lie in a directory of runs, path by path. None is read twice.
+///
+/// # Errors
+/// `Error::Input`: what is neither; a broken file in one.
+pub fn read_all(paths: &[PathBuf], order: Order) -> Result<Vec<RunFiles>> {
+    let (mut found, mut seen) = (Vec::new(), BTreeSet::new());
+    for (place, path) in paths.iter().enumerate() {
+        for directory in run_directories(path)? {
+            if seen.insert(directory.canonicalize().map_err(|e| Error::io(&directory, e))?) {
+                found.push((place, directory));
+            }
+        }
+    }
+    let read = found.into_par_iter().map(|(place, path)| Ok((place, RunFiles::read(&path)?)));
+    // Two steps: of several broken runs always the first is named.
+    let mut runs = read.collect::<Vec<Result<_>>>().into_iter().collect::<Result<Vec<(usize, RunFiles)>>>()?;
+    if order == Order::Start {
+        let start = |(place, run): &(usize, RunFiles)| (*place, run.run["time_utc"].as_str().map(str::to_string));
+        runs.sort_by_cached_key(start);
+    }
+    Ok(runs.into_iter().map(|(_, run)| run).collect())
+}
+
+/// `path` itself, or the run directories in it by their names.
+fn run_directories(path: &Path) -> Result<Vec<PathBuf>> {
+    let is_run = |path: &Path| path.join("run.json").is_file();
+    if is_run(path) {
+        return Ok(vec![path.to_path_buf()]);
+    }
+    let entries = std::fs::read_dir(path).map_err(|e| Error::io(path, e))?;
+    let mut inside: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|p| is_run(p)).collect();
+    if inside.is_empty() {
+        bail_input!(
+            "{}: expected a run directory or a directory of runs, found no run.json in it or below it",
+            path.display()
+        );
+    }
+    // Links last: a run beside its link goes by its own name.
+    inside.sort_by_cached_key(|path| (path.is_symlink(), path.clone()));
+    Ok(inside)
 }
 
 impl RunFiles {
@@ -36,7 +93,8 @@ impl RunFiles {
         let run: Value = serde_json::from_str(&text(&run_path)?)
             .map_err(|e| input_error!("{}: {e}; this is not a run.json that temper wrote", run_path.display()))?;
         let config_path = path.join("config.yaml");
-        let config: Value = serde_yaml::from_str(&text(&config_path)?).map_err(|e| {
+        let config_text = text(&config_path)?;
+        let config: Value = serde_yaml::from_str(&config_text).map_err(|e| {
             input_error!("{}: {}", config_path.display(), e.to_string().lines().collect::<Vec<_>>().join(" "))
         })?;
         let (Some(name), Some(hash), Some(seed)) =
@@ -53,6 +111,8 @@ impl RunFiles {
             seed,
             run,
             config,
+            config_text,
+            stopped: stopped::read(path)?,
             train,
             validations,
         })
@@ -77,6 +137,70 @@ impl RunFiles {
     pub fn conditions(&self) -> Vec<Condition> {
         let has = |condition: &Condition| self.validations.iter().any(|row| correct(row, *condition).is_some());
         Condition::ALL.into_iter().filter(has).collect()
+    }
+
+    /// The step of its last validation.
+    pub fn validated_step(&self) -> Option<u64> {
+        self.validations.last()?["step"].as_u64()
+    }
+
+    /// (right answers, questions) of its last validation.
+    pub fn last(&self, condition: Condition) -> Option<(u64, u64)> {
+        correct(self.validations.last()?, condition)
+    }
+
+    /// The conditions of its last validation.
+    pub fn last_conditions(&self) -> Vec<Condition> {
+        Condition::ALL.into_iter().filter(|condition| self.last(*condition).is_some()).collect()
+    }
+
+    /// One per question of the last validation, `1` where it was answered; None where metrics.jsonl has none.
+    pub fn marks(&self, condition: Condition) -> Option<&str> {
+        self.validations.last()?[format!("val/questions_{}", condition.name())].as_str()
+    }
+
+    /// Runs with the same text answered the same questions.
+    pub fn questions(&self) -> String {
+        let data = &self.config["data"];
+        format!("{} {} {}", data["kind"], data["generated"]["seed"], self.run["inputs"]["data.val"])
+    }
+
+    /// Steps whose measured noise was not as planned.
+    pub fn disagreeing_steps(&self) -> Vec<u64> {
+        let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
+        self.train.iter().filter(disagrees).filter_map(|row| row["step"].as_u64()).collect()
+    }
+
+    /// Steps of the whole run; None where the files do not tell. Epochs times the steps of the first, which a later step
+    /// shows to be whole; or from the number of questions, where the configuration has it.
+    pub fn planned_steps(&self) -> Option<u64> {
+        let epochs = self.config["trainer"]["epochs"].as_u64()?;
+        let epoch = |row: &Value| row["epoch"].as_u64();
+        if self.train.last().and_then(epoch).is_some_and(|epoch| epoch > 0) {
+            return Some(self.train.iter().filter(|row| epoch(row) == Some(0)).count() as u64 * epochs);
+        }
+        let data = &self.config["data"];
+        if data["kind"] != "generated" {
+            // A file may hold fewer than the limit: then the run ends below what is expected here.
+            return None;
+        }
+        let made = data["generated"]["train_problems"].as_u64()?;
+        let questions = data["train_limit"].as_u64().map_or(made, |limit| limit.min(made));
+        Some(questions / data["prompts_per_step"].as_u64().filter(|prompts| *prompts > 0)? * epochs)
+    }
+
+    /// A run validates after its last step, whatever `val_every` is. One that a stop rule ended is finished.
+    pub fn finished(&self) -> bool {
+        let last = self.last_step();
+        let done =
+            last > 0 && self.validated_step() == Some(last) && self.planned_steps().is_none_or(|all| last >= all);
+        self.stopped.is_some() || done
+    }
+}
+
+impl AsRef<RunFiles> for RunFiles {
+    fn as_ref(&self) -> &RunFiles {
+        self
     }
 }
 
@@ -124,8 +248,30 @@ mod tests {
         assert_eq!(run.conditions(), [Condition::Clean]);
         assert_eq!(correct(&run.validations[0], Condition::Clean), Some((1, 4)));
         assert!(run.rows("timing.jsonl")?.is_empty());
+        assert_eq!((run.planned_steps(), run.finished()), (None, false));
         file("metrics.jsonl", "{\"step\":0}\nnot json\n{}\n")?;
         assert!(RunFiles::read(dir.path()).is_err_and(|e| e.to_string().contains("metrics.jsonl line 2")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_that_is_named_twice_or_linked_is_read_once_under_its_own_name()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        let dir = tempfile::tempdir()?;
+        for (name, start) in [("b", "2026-01-01"), ("c", "2026-01-03"), ("d", "2026-01-02")] {
+            let run = dir.path().join(name);
+            std::fs::create_dir(&run)?;
+            let text = format!(r#"{{"name": "{name}", "config_hash": "0", "seed": 3, "time_utc": "{start}"}}"#);
+            std::fs::write(run.join("run.json"), text)?;
+            std::fs::write(run.join("config.yaml"), "name: x\n")?;
+        }
+        std::os::unix::fs::symlink("c", dir.path().join("a"))?;
+        let paths = [dir.path().to_path_buf(), dir.path().join("b")];
+        for (order, expected) in [(Order::Name, ["b", "c", "d"]), (Order::Start, ["b", "d", "c"])] {
+            let runs = read_all(&paths, order)?;
+            let found: Vec<_> = runs.iter().filter_map(|run| run.path.file_name()?.to_str()).collect();
+            assert_eq!(found, expected);
+        }
         Ok(())
     }
 }

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use super::{Global, common};
-use crate::analysis::compare::{Comparison, read_runs, render};
+use crate::analysis::compare::{Comparison, render};
+use crate::analysis::run_files::{Order, read_all};
 use crate::model::checkpoint::atomic_file;
 use crate::{Error, Result};
 
@@ -31,7 +32,8 @@ pub enum Format {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let comparison = Comparison::of(&read_runs(&args.runs)?, args.baseline.as_deref())?;
+    let runs = read_all(&args.runs, Order::Name)?;
+    let comparison = Comparison::of(&runs.iter().collect::<Vec<_>>(), args.baseline.as_deref())?;
     let text = match args.format {
         _ if global.json => {
             serde_json::to_string(&comparison).map_err(|e| Error::Runtime(format!("the comparison as JSON: {e}")))?

@@ -10,14 +10,11 @@ use crate::Result;
 use crate::analysis::run_files::{RunFiles, correct};
 use crate::analysis::statistics::wilson_interval;
 use crate::rl::evaluation::Condition;
-use crate::run::stopped;
 
 /// First and last validation side by side, with n and 95 % Wilson intervals.
 pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     let run = RunFiles::read(run_dir)?;
-    let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
-    let disagreeing_steps = run.train.iter().filter(disagrees).count();
-    let stopped = stopped::read(run_dir)?;
+    let (disagreeing_steps, stopped) = (run.disagreeing_steps().len(), &run.stopped);
     let (Some(first), Some(last)) = (run.validations.first(), run.validations.last()) else {
         return Ok(());
     };
@@ -57,9 +54,7 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
 
 /// The share of right answers of the last validation under `condition`; None where there is none.
 pub fn last_accuracy(run_dir: &Path, condition: Condition) -> Result<Option<f64>> {
-    let run = RunFiles::read(run_dir)?;
-    let found = run.validations.last().and_then(|row| correct(row, condition));
-    Ok(found.map(|(correct, n)| correct as f64 / n.max(1) as f64))
+    Ok(RunFiles::read(run_dir)?.last(condition).map(|(correct, n)| correct as f64 / n.max(1) as f64))
 }
 
 /// Only a validation of step 0 was before training.

@@ -77,7 +77,7 @@ fn what_speaks_against_a_run_is_said_first() {
     let page = page_of(&dir.path().join("runs"));
     for said in [
         "disagrees with the plan in 2 of 5 steps",
-        "pair-off, seed 0: 2 steps, the first is 2",
+        "pair-off seed 0: in 2 steps the measured noise disagreed with the plan, the first is 2",
         "Warnings: 1",
         "the bell rang",
         "Unfinished runs: 1 of 1",
@@ -199,6 +199,25 @@ fn the_tests_between_arms_are_those_of_compare() {
 }
 
 #[test]
+fn what_speaks_against_a_comparison_is_said_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = dir.path().join("runs");
+    pair(&runs);
+    let on = Made { name: "pair-on", hash: "00000002", seed: 5, steps: 5, disagreeing: &[2], ..PLAIN }.write(&runs);
+    let run = fs::read_to_string(on.join("run.json")).unwrap();
+    fs::write(on.join("run.json"), run.replace("0123456789abcdef", "fedcba9876543210")).unwrap();
+    let compared: Value = serde_json::from_str(&succeed(&["compare", text(&runs), "--json"])).unwrap();
+    let page = page_of(&runs);
+    let warnings = compared["warnings"].as_array().unwrap();
+    assert!(warnings.len() >= 6, "{warnings:#?}");
+    for warning in warnings {
+        // As the template escapes it.
+        let text = warning.as_str().unwrap().replace('\'', "&#x27;");
+        assert_eq!(page.matches(&text).count(), 1, "{text}");
+    }
+}
+
+#[test]
 fn a_run_that_a_rule_ended_is_not_called_unfinished() {
     let dir = tempfile::tempdir().unwrap();
     let run = Made { steps: 5, ..PLAIN }.write(&dir.path().join("runs"));
@@ -208,6 +227,8 @@ fn a_run_that_a_rule_ended_is_not_called_unfinished() {
     let page = page_of(&dir.path().join("runs"));
     assert!(page.contains("Ended by a stop rule: 1 of 1") && page.contains("entropy is 1.5, above 1"));
     assert!(page.contains("Every run is finished"));
+    let compared = succeed(&["compare", text(&run)]);
+    assert!(compared.contains("ended by stop rule collapse") && !compared.contains("not finished"), "{compared}");
 }
 
 /// 12 runs of 28 layers and 116 steps; the figures show all of it.

@@ -3,18 +3,17 @@
 //! Runs of one name and configuration hash are an arm; they differ by their seeds. What is compared is the last validation.
 
 mod arms;
-mod config_differences;
 mod pairs;
 pub mod render;
-mod warnings;
 
 use serde::Serialize;
 
-pub use arms::{Arm, ArmCondition, RunCondition, RunResult, read_runs};
-pub use config_differences::KeyDifference;
+pub use arms::{Arm, ArmCondition, RunCondition, RunResult};
 pub use pairs::{Figures, Method, Pair, SeedTest};
 
+use super::arms::{KeyDifference, config_differences, group};
 use super::run_files::RunFiles;
+use super::warnings;
 use crate::{Result, bail_input};
 
 #[derive(Debug, Serialize)]
@@ -36,26 +35,33 @@ impl Comparison {
     /// # Errors
     /// `Error::Input`: no run with a validation, a run that is given twice, no such baseline, marks that contradict the
     /// counts beside them.
-    pub fn of(runs: &[RunFiles], baseline: Option<&str>) -> Result<Comparison> {
-        let mut arms = arms::arms(runs)?;
-        if arms.is_empty() {
+    pub fn of(runs: &[&RunFiles], baseline: Option<&str>) -> Result<Comparison> {
+        let mut grouped = group(runs.iter().copied().filter(|run| !run.conditions().is_empty()))?;
+        if grouped.is_empty() {
             bail_input!("found no run with a validation among {}, expected at least one", runs.len());
         }
-        let names = || arms.iter().map(|arm| arm.arm.as_str()).collect::<Vec<_>>().join(", ");
+        let names = || grouped.iter().map(|arm| arm.name.as_str()).collect::<Vec<_>>().join(", ");
         let place = match baseline {
             None => 0,
-            Some(wanted) => match arms.iter().position(|arm| arm.arm == wanted) {
+            Some(wanted) => match grouped.iter().position(|arm| arm.name == wanted) {
                 Some(place) => place,
                 None => bail_input!("--baseline {wanted}: no arm of this name; the arms are {}", names()),
             },
         };
         // The baseline stands first, the others in the order in which they were given.
-        arms[..=place].rotate_right(1);
-        let config_differences = config_differences::between(&arms);
+        grouped[..=place].rotate_right(1);
+        let arms = grouped.iter().map(arms::arm).collect::<Result<Vec<Arm>>>()?;
         let pairs = pairs::against_baseline(&arms)?;
-        let warnings = warnings::of(&arms, runs, &config_differences);
-        let notes = notes(&pairs);
-        Ok(Comparison { baseline: arms[0].arm.clone(), arms, pairs, config_differences, warnings, notes })
+        let left_out = warnings::not_validated(runs.iter().copied());
+        let warnings = left_out.into_iter().chain(warnings::of(&grouped));
+        Ok(Comparison {
+            baseline: arms[0].arm.clone(),
+            notes: notes(&pairs),
+            config_differences: config_differences(&grouped),
+            warnings: warnings.map(|warning| warning.1).collect(),
+            arms,
+            pairs,
+        })
     }
 }
 

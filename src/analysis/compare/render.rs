@@ -1,9 +1,9 @@
 //! A comparison as text, Markdown and CSV.
 
 use comfy_table::presets;
-use serde_json::Value;
 
 use super::{Arm, ArmCondition, Comparison, Pair, RunCondition, RunResult};
+use crate::analysis::arms::{KeyDifference, plain};
 use crate::rl::evaluation::Condition;
 
 struct Table {
@@ -217,9 +217,8 @@ fn by_seed(comparison: &Comparison) -> Table {
 
 fn config_differences(comparison: &Comparison) -> Table {
     let header: Vec<&str> = std::iter::once("key").chain(comparison.arms.iter().map(|arm| arm.arm.as_str())).collect();
-    let shown = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_string);
-    let row = |difference: &super::KeyDifference| {
-        std::iter::once(difference.key.clone()).chain(difference.values.values().map(shown)).collect()
+    let row = |difference: &KeyDifference| {
+        std::iter::once(difference.key.clone()).chain(difference.values.values().map(plain)).collect()
     };
     table("configurations differ in", &header, comparison.config_differences.iter().map(row).collect())
 }

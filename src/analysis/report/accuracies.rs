@@ -68,18 +68,18 @@ fn row(arms: &[Arm], colour: usize, arm: &Arm, condition: Condition, axis: (f64,
         .iter()
         .filter_map(|run| {
             let twin = arms[0].runs.iter().find(|first| first.files.seed == run.files.seed)?;
-            Some(after(run, condition)? - after(twin, condition)?)
+            Some(percent(last(run, condition)?) - percent(last(twin, condition)?))
         })
         .collect();
-    let change = |run: &Run| Some(after(run, condition)? - before(run, condition)?);
+    let change = |run: &Run| Some(percent(last(run, condition)?) - percent(first(run, condition)?));
     Some(Row {
         arm: arm.label.clone(),
         colour,
         condition: condition.name(),
         seeds: each.len(),
         n,
-        before: of_runs(arm, first, before, condition),
-        after: of_runs(arm, last, after, condition),
+        before: of_runs(arm, first, condition),
+        after: of_runs(arm, last, condition),
         change: signed(&arm.runs.iter().filter_map(change).collect::<Vec<_>>()),
         difference: match (colour, paired.is_empty()) {
             (0, _) => String::new(),
@@ -107,23 +107,16 @@ fn counted(row: &Value, condition: Condition) -> Option<(u64, u64, u64)> {
     Some((correct, n, row["step"].as_u64()?))
 }
 
-fn before(run: &Run, condition: Condition) -> Option<f64> {
-    first(run, condition).map(|(correct, n, _)| 100.0 * correct as f64 / n.max(1) as f64)
-}
-
-fn after(run: &Run, condition: Condition) -> Option<f64> {
-    last(run, condition).map(|(correct, n, _)| 100.0 * correct as f64 / n.max(1) as f64)
+fn percent((correct, n, _): (u64, u64, u64)) -> f64 {
+    100.0 * correct as f64 / n.max(1) as f64
 }
 
 /// Mean and standard error over seeds; of one run Wilson's interval.
-fn of_runs(arm: &Arm, counted: Counted, share: fn(&Run, Condition) -> Option<f64>, condition: Condition) -> String {
-    let shares: Vec<f64> = arm.runs.iter().filter_map(|run| share(run, condition)).collect();
-    match (shares.as_slice(), mean_and_standard_error(&shares)) {
-        ([_], _) => arm
-            .runs
-            .iter()
-            .find_map(|run| counted(run, condition))
-            .map_or_else(String::new, |(k, n, _)| format!("{:.1} {}", shares[0], interval(k, n))),
+fn of_runs(arm: &Arm, counted: Counted, condition: Condition) -> String {
+    let found: Vec<(u64, u64, u64)> = arm.runs.iter().filter_map(|run| counted(run, condition)).collect();
+    let shares: Vec<f64> = found.iter().copied().map(percent).collect();
+    match (found.as_slice(), mean_and_standard_error(&shares)) {
+        ([(k, n, _)], _) => format!("{:.1} {}", shares[0], interval(*k, *n)),
         (_, Some(all)) => format!("{:.1} ± {:.1}", all.mean, all.standard_error),
         (_, None) => "–".to_string(),
     }
@@ -151,10 +144,10 @@ fn each(run: &Run, condition: Condition, (from, to): (f64, f64)) -> Option<Each>
         step,
         correct,
         n,
-        accuracy: format!("{:.1}", 100.0 * correct as f64 / n.max(1) as f64),
+        accuracy: format!("{:.1}", percent((correct, n, step))),
         interval: interval(correct, n),
         low: place(100.0 * low),
-        at: place(100.0 * correct as f64 / n.max(1) as f64),
+        at: place(percent((correct, n, step))),
         high: place(100.0 * high),
     })
 }

@@ -4,28 +4,30 @@ use serde::Serialize;
 
 use super::Table;
 use super::arms::Arm;
+use super::trust::texts;
 use crate::Result;
 use crate::analysis::compare::{Comparison, Pair, render};
 use crate::analysis::run_files::RunFiles;
+use crate::analysis::warnings::{About, Warning};
 
 #[derive(Serialize)]
 pub(super) struct Tests {
     table: Table,
-    /// What speaks against comparing these runs.
+    /// What speaks against comparing these runs, besides what the head says.
     warnings: Vec<String>,
     /// How the figures are to be read.
     notes: Vec<String>,
 }
 
 /// None where there are no two arms with a validation.
-pub(super) fn tests_between(arms: &[Arm]) -> Result<Option<Tests>> {
+pub(super) fn tests_between(arms: &[Arm], warnings: &[Warning]) -> Result<Option<Tests>> {
     let validated = |arm: &&Arm| arm.runs.iter().any(|run| !run.files.validations.is_empty());
     if arms.iter().filter(validated).count() < 2 {
         return Ok(None);
     }
     // In the page's order, so that its first arm is the baseline.
-    let runs = arms.iter().flat_map(|arm| &arm.runs).map(|run| RunFiles::read(&run.files.path));
-    let comparison = Comparison::of(&runs.collect::<Result<Vec<_>>>()?, None)?;
+    let runs: Vec<&RunFiles> = arms.iter().flat_map(|arm| &arm.runs).map(|run| &run.files).collect();
+    let comparison = Comparison::of(&runs, None)?;
     let header = [
         "arm",
         "condition",
@@ -39,7 +41,7 @@ pub(super) fn tests_between(arms: &[Arm]) -> Result<Option<Tests>> {
     ];
     let rows: Vec<_> = comparison.pairs.iter().map(|pair| row(pair, &comparison.baseline)).collect();
     let table = Table { header: header.map(str::to_string).into(), rows };
-    let tests = Tests { table, warnings: comparison.warnings, notes: comparison.notes };
+    let tests = Tests { table, warnings: texts(warnings, About::Comparison), notes: comparison.notes };
     Ok((!comparison.pairs.is_empty()).then_some(tests))
 }
 

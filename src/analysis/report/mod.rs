@@ -2,7 +2,7 @@
 //!
 //! | file | what of the page |
 //! |---|---|
-//! | `arms` | which runs there are; runs of one name and configuration are the seeds of an arm |
+//! | `arms` | which runs there are, and all of them that is shown |
 //! | `trust` | the head: what was run, and what speaks against believing it |
 //! | `accuracies` | accuracy before and after, by arm and condition |
 //! | `comparison` | tests between the arms |
@@ -30,6 +30,7 @@ use serde::Serialize;
 
 use self::arms::Arm;
 use super::plot::{self, Figure as _, Frame, HeatMap, LineChart};
+use super::warnings::{self, Warning};
 use crate::{Error, Result};
 
 /// A table whose cells are text.
@@ -96,6 +97,8 @@ pub struct Report {
     arms: Vec<Arm>,
     groups: Vec<Group>,
     comparison: Option<comparison::Tests>,
+    /// Each is said once: in the head, or above the comparison's table.
+    warnings: Vec<Warning>,
 }
 
 impl Report {
@@ -110,7 +113,8 @@ impl Report {
             curves::machine(&arms),
         ];
         groups.retain(|group| !group.figures.is_empty());
-        Ok(Report { comparison: comparison::tests_between(&arms)?, arms, groups })
+        let warnings = warnings::of(&arms.iter().map(Arm::files).collect::<Vec<_>>());
+        Ok(Report { comparison: comparison::tests_between(&arms, &warnings)?, arms, groups, warnings })
     }
 
     pub fn arms(&self) -> &[Arm] {

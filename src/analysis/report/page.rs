@@ -54,7 +54,7 @@ pub(super) fn render(report: &Report) -> Result<String> {
         })
         .collect();
     let resolved: Vec<_> =
-        arms.iter().map(|arm| (&arm.label, arm.runs[0].files.seed, &arm.runs[0].config_text)).collect();
+        arms.iter().map(|arm| (&arm.label, arm.runs[0].files.seed, &arm.runs[0].files.config_text)).collect();
     let mut environment = Environment::new();
     // By the name: .html escapes.
     environment.add_template("page.html", TEMPLATE).map_err(failed)?;
@@ -70,7 +70,7 @@ pub(super) fn render(report: &Report) -> Result<String> {
             written => crate::run::machine::utc_now(),
             version => env!("CARGO_PKG_VERSION"),
             facts => Serde(trust::facts(arms)),
-            checks => Serde(trust::checks(arms)),
+            checks => Serde(trust::checks(arms, &report.warnings)),
             runs => Serde(trust::runs(arms)),
             legend => Serde(legend),
             accuracies => Serde(accuracies::accuracies(arms)),

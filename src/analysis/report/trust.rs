@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use serde::Serialize;
-use serde_json::Value;
 
 use super::arms::{Arm, Run};
+use crate::analysis::warnings::{About, Warning};
 
 /// What a reader wants to know first.
 #[derive(Serialize)]
@@ -65,7 +65,7 @@ pub(super) fn facts(arms: &[Arm]) -> Vec<Fact> {
         Fact { name: "model", value: texts(&model) },
         Fact {
             name: "steps",
-            value: texts(&|run| run.planned_steps().unwrap_or_else(|| run.files.last_step()).to_string()),
+            value: texts(&|run| run.files.planned_steps().unwrap_or_else(|| run.files.last_step()).to_string()),
         },
         Fact { name: "device", value: texts(&device) },
         Fact { name: "commit", value: texts(&commit) },
@@ -73,15 +73,29 @@ pub(super) fn facts(arms: &[Arm]) -> Vec<Fact> {
     ]
 }
 
-pub(super) fn checks(arms: &[Arm]) -> Vec<Check> {
-    let mut checks = vec![noise(arms), skipped(arms), warnings(arms), unfinished(arms)];
-    checks.extend(stopped(arms));
-    checks.extend(seeds(arms));
-    for (what, of) in [("commits", commit as fn(&Run) -> String), ("devices", device), ("inputs", inputs)] {
-        checks.extend(mixed(arms, what, of));
+pub(super) fn checks(arms: &[Arm], warnings: &[Warning]) -> Vec<Check> {
+    let mut checks = vec![
+        noise(arms, texts(warnings, About::Noise)),
+        skipped(arms),
+        console(arms),
+        unfinished(arms, texts(warnings, About::Progress)),
+    ];
+    let stopped = all(arms).filter(|(_, run)| run.files.stopped.is_some()).count();
+    for (about, text) in [
+        (About::Stopped, format!("Ended by a stop rule: {stopped} of {}", all(arms).count())),
+        (About::Seeds, "Arms have different seeds".to_string()),
+        (About::Inputs, "Runs of different inputs".to_string()),
+        (About::Machines, "Runs of different machines or versions".to_string()),
+    ] {
+        let details = texts(warnings, about);
+        checks.extend((!details.is_empty()).then_some(Check { level: Level::Note, text, details }));
     }
     checks.extend(resumed(arms));
     checks
+}
+
+pub(super) fn texts(warnings: &[Warning], about: About) -> Vec<String> {
+    warnings.iter().filter(|warning| warning.0 == about).map(|warning| warning.1.clone()).collect()
 }
 
 pub(super) fn runs(arms: &[Arm]) -> Vec<RunLine> {
@@ -93,7 +107,7 @@ pub(super) fn runs(arms: &[Arm]) -> Vec<RunLine> {
             seed: run.files.seed,
             directory: run.files.path.file_name().unwrap_or(run.files.path.as_os_str()).to_string_lossy().into_owned(),
             state: state(run),
-            finished: run.finished(),
+            finished: run.files.finished(),
             started: field(run, "time_utc"),
             device: device(run),
             commit: commit(run),
@@ -104,18 +118,9 @@ pub(super) fn runs(arms: &[Arm]) -> Vec<RunLine> {
 }
 
 /// The check that the whole instrument is for.
-fn noise(arms: &[Arm]) -> Check {
+fn noise(arms: &[Arm], details: Vec<String>) -> Check {
     let steps: usize = all(arms).map(|(_, run)| run.files.train.len()).sum();
-    let disagrees = |row: &&Value| row["injection/disagreements"].as_u64().unwrap_or(0) > 0;
-    let mut wrong = 0;
-    let mut details = Vec::new();
-    for (arm, run) in all(arms) {
-        let found: Vec<u64> = run.files.train.iter().filter(disagrees).filter_map(|row| row["step"].as_u64()).collect();
-        if let Some(first) = found.first() {
-            details.push(format!("{}: {} steps, the first is {first}", name(arm, run), found.len()));
-            wrong += found.len();
-        }
-    }
+    let wrong: usize = all(arms).map(|(_, run)| run.files.disagreeing_steps().len()).sum();
     let measured = |(_, run): (&Arm, &Run)| run.files.train.iter().any(|row| !row["injection/disagreements"].is_null());
     let (level, text) = match wrong {
         _ if steps == 0 => (Level::Note, "No step was trained yet".to_string()),
@@ -129,16 +134,17 @@ fn noise(arms: &[Arm]) -> Check {
 fn skipped(arms: &[Arm]) -> Check {
     let of = |run: &Run| run.files.train.iter().filter_map(|row| row["skipped_steps"].as_f64()).sum::<f64>() as u64;
     let found = all(arms).filter(|(_, run)| of(run) > 0);
-    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), of(run))).collect();
+    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", arm.name_of(&run.files), of(run))).collect();
     match all(arms).map(|(_, run)| of(run)).sum::<u64>() {
         0 => Check { level: Level::Good, text: "No update was skipped".to_string(), details },
         n => Check { level: Level::Note, text: format!("Skipped updates: {n}"), details },
     }
 }
 
-fn warnings(arms: &[Arm]) -> Check {
-    let lines =
-        |(arm, run): (&Arm, &Run)| run.warnings.iter().map(|w| format!("{}: {w}", name(arm, run))).collect::<Vec<_>>();
+fn console(arms: &[Arm]) -> Check {
+    let lines = |(arm, run): (&Arm, &Run)| {
+        run.warnings.iter().map(|w| format!("{}: {w}", arm.name_of(&run.files))).collect::<Vec<_>>()
+    };
     let details: Vec<String> = all(arms).flat_map(lines).collect();
     match details.len() {
         0 => Check { level: Level::Good, text: "No warnings".to_string(), details },
@@ -146,48 +152,18 @@ fn warnings(arms: &[Arm]) -> Check {
     }
 }
 
-fn unfinished(arms: &[Arm]) -> Check {
-    let total = all(arms).count();
-    let found = all(arms).filter(|(_, run)| !run.finished());
-    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {}", name(arm, run), state(run))).collect();
-    match details.len() {
+fn unfinished(arms: &[Arm], details: Vec<String>) -> Check {
+    match all(arms).filter(|(_, run)| !run.files.finished()).count() {
         0 => Check { level: Level::Good, text: "Every run is finished".to_string(), details },
-        n => Check { level: Level::Bad, text: format!("Unfinished runs: {n} of {total}"), details },
+        n => Check { level: Level::Bad, text: format!("Unfinished runs: {n} of {}", all(arms).count()), details },
     }
-}
-
-/// Their last accuracy is of fewer steps than that of others.
-fn stopped(arms: &[Arm]) -> Option<Check> {
-    let line = |(arm, run): (&Arm, &Run)| run.stopped.as_ref().map(|rule| format!("{}: {rule}", name(arm, run)));
-    let details: Vec<String> = all(arms).filter_map(line).collect();
-    let text = format!("Ended by a stop rule: {} of {}", details.len(), all(arms).count());
-    (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
-}
-
-/// Means over different seeds are compared less well.
-fn seeds(arms: &[Arm]) -> Option<Check> {
-    let of = |arm: &Arm| arm.runs.iter().map(|run| run.files.seed.to_string()).collect::<Vec<_>>().join(", ");
-    let same = arms.iter().all(|arm| of(arm) == of(&arms[0]));
-    let details = arms.iter().map(|arm| format!("{}: {}", arm.label, of(arm))).collect();
-    (!same).then(|| Check { level: Level::Note, text: "Arms have different seeds".to_string(), details })
-}
-
-/// What should be one and the same over all runs.
-fn mixed(arms: &[Arm], what: &str, of: fn(&Run) -> String) -> Option<Check> {
-    let found: BTreeSet<String> = all(arms).map(|(_, run)| of(run)).collect();
-    let details =
-        || found.iter().map(|value| if value.is_empty() { "unknown".to_string() } else { value.clone() }).collect();
-    (found.len() > 1).then(|| Check {
-        level: Level::Note,
-        text: format!("Runs of {} {what}", found.len()),
-        details: details(),
-    })
 }
 
 fn resumed(arms: &[Arm]) -> Option<Check> {
     let of = |run: &Run| run.files.run["resumes"].as_array().map_or(0, Vec::len);
     let found = all(arms).filter(|(_, run)| of(run) > 0);
-    let details: Vec<String> = found.map(|(arm, run)| format!("{}: {} times", name(arm, run), of(run))).collect();
+    let details: Vec<String> =
+        found.map(|(arm, run)| format!("{}: {} times", arm.name_of(&run.files), of(run))).collect();
     let text = format!("Resumed runs: {}", details.len());
     (!details.is_empty()).then_some(Check { level: Level::Note, text, details })
 }
@@ -196,12 +172,8 @@ fn all(arms: &[Arm]) -> impl Iterator<Item = (&Arm, &Run)> {
     arms.iter().flat_map(|arm| arm.runs.iter().map(move |run| (arm, run)))
 }
 
-fn name(arm: &Arm, run: &Run) -> String {
-    format!("{}, seed {}", arm.label, run.files.seed)
-}
-
 fn state(run: &Run) -> String {
-    let last = run.files.last_step();
+    let (run, last) = (&run.files, run.files.last_step());
     if let Some(stopped) = &run.stopped {
         return stopped.to_string();
     }
@@ -229,14 +201,6 @@ fn device(run: &Run) -> String {
         }
         _ => device,
     }
-}
-
-fn inputs(run: &Run) -> String {
-    let inputs = run.files.run["inputs"].as_object().into_iter().flatten();
-    inputs
-        .map(|(what, digest)| format!("{what} {}", digest.as_str().unwrap_or_default()))
-        .collect::<Vec<_>>()
-        .join(", ")
 }
 
 fn model(run: &Run) -> String {
