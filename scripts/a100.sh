@@ -8,7 +8,7 @@
 #   scripts/a100.sh fetch HOST [ARGUMENT...]    the three run directories into runs/, e.g. --checkpoints latest
 #   scripts/a100.sh clean HOST                  binaries, snapshots and records that no job needs; runs stay
 #
-# HOST is a host of hosts.yaml (see configs/hosts.example.yaml). Everything is done by temper; these are its commands.
+# HOST is a host of hosts.yaml (see configs/hosts/example.yaml). Everything is done by temper; these are its commands.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 usage() {

@@ -83,19 +83,30 @@ def configuration(run, about):
     return typed(yaml.safe_load((run / "config.yaml").read_text())) | {"run.json": about}
 
 
-def send(run, wandb, project, offline):
-    about = json.loads((run / "run.json").read_text())
+def load(run):
+    """What is to be sent of a run, checked before anything is sent of any."""
+    try:
+        about = json.loads((run / "run.json").read_text())
+        state_file = run / STATE
+        sent = json.loads(state_file.read_text())["last_step"] if state_file.exists() else -1
+        new = {step: values for step, values in sorted(values_by_step(run).items()) if step > sent}
+        arm = f"{about['name']}-{about['config_hash']}"
+        return run, arm, f"{arm}-s{about['seed']}", configuration(run, about), sent, new
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        fail(f"{run}: not files that temper wrote: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", 2)
+    except Exception as e:  # yaml's own errors, of many lines
+        fail(f"{run}: config.yaml: {' '.join(str(e).split())}", 2)
+
+
+def send(loaded, wandb, project, offline):
+    run, arm, name, config, sent, new = loaded
     state_file = run / STATE
-    sent = json.loads(state_file.read_text())["last_step"] if state_file.exists() else -1
-    new = {step: values for step, values in sorted(values_by_step(run).items()) if step > sent}
     if not new:
         print(f"{run}: nothing new after step {sent}", file=sys.stderr)
         return
-    arm = f"{about['name']}-{about['config_hash']}"
-    name = f"{arm}-s{about['seed']}"
     target = wandb.init(
         project=project, id=name, name=name, group=arm, resume="allow", mode="offline" if offline else "online",
-        config=configuration(run, about),
+        config=config,
     )
     for step, values in new.items():
         target.log(values, step=step)
@@ -118,8 +129,8 @@ def main():
         import wandb
     except ImportError:
         fail(f"wandb is not installed in {sys.executable}; pip install wandb", 1)
-    for run in arguments.runs:
-        send(run, wandb, arguments.project, arguments.offline)
+    for loaded in [load(run) for run in arguments.runs]:
+        send(loaded, wandb, arguments.project, arguments.offline)
 
 
 if __name__ == "__main__":

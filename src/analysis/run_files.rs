@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::rl::evaluation::Condition;
+use crate::run::directory::usable_name;
 use crate::run::stopped::{self, Stopped};
 use crate::{Error, Result, bail_input, input_error};
 
@@ -33,18 +34,12 @@ pub struct RunFiles {
     pub validations: Vec<Value>,
 }
 
-/// How the runs in one directory follow each other.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Order {
-    Name,
-    Start,
-}
-
-/// Reads run directories, and those that lie in a directory of runs, path by path. None is read twice.
+/// Reads run directories, and those that lie in a directory of runs, path by path, in each by when they were started. None
+/// is read twice.
 ///
 /// # Errors
 /// `Error::Input`: what is neither; a broken file in one.
-pub fn read_all(paths: &[PathBuf], order: Order) -> Result<Vec<RunFiles>> {
+pub fn read_all(paths: &[PathBuf]) -> Result<Vec<RunFiles>> {
     let (mut found, mut seen) = (Vec::new(), BTreeSet::new());
     for (place, path) in paths.iter().enumerate() {
         for directory in run_directories(path)? {
@@ -56,10 +51,7 @@ pub fn read_all(paths: &[PathBuf], order: Order) -> Result<Vec<RunFiles>> {
     let read = found.into_par_iter().map(|(place, path)| Ok((place, RunFiles::read(&path)?)));
     // Two steps: of several broken runs always the first is named.
     let mut runs = read.collect::<Vec<Result<_>>>().into_iter().collect::<Result<Vec<(usize, RunFiles)>>>()?;
-    if order == Order::Start {
-        let start = |(place, run): &(usize, RunFiles)| (*place, run.run["time_utc"].as_str().map(str::to_string));
-        runs.sort_by_cached_key(start);
-    }
+    runs.sort_by_cached_key(|(place, run)| (*place, run.run["time_utc"].as_str().map(str::to_string)));
     Ok(runs.into_iter().map(|(_, run)| run).collect())
 }
 
@@ -102,7 +94,15 @@ impl RunFiles {
         else {
             bail_input!("{}: expected name, config_hash and seed, found {run}", run_path.display());
         };
-        let metrics: Vec<Value> = rows(&path.join("metrics.jsonl"))?;
+        if !usable_name(name) {
+            bail_input!("{}: found name {name:?}, which no run has", run_path.display());
+        }
+        if !config.is_object() {
+            bail_input!("{}: expected sections, found {config}", config_path.display());
+        }
+        let metrics_path = path.join("metrics.jsonl");
+        let metrics: Vec<Value> = rows(&metrics_path)?;
+        check_rows(&metrics).map_err(|e| e.at(metrics_path.display()))?;
         let (validations, train) = metrics.into_iter().partition(|row| row["kind"] == "val");
         Ok(RunFiles {
             path: path.to_path_buf(),
@@ -209,17 +209,50 @@ pub fn correct(validation: &Value, condition: Condition) -> Option<(u64, u64)> {
     Some((validation[format!("val/correct_{}", condition.name())].as_u64()?, validation["val/n"].as_u64()?))
 }
 
+/// What temper cannot have written: no step or kind, steps that go back, more right answers than questions, marks that say
+/// something else than the counts beside them.
+fn check_rows(rows: &[Value]) -> Result<()> {
+    let mut before = 0;
+    for (number, row) in rows.iter().enumerate() {
+        let line = number + 1;
+        let (Some(step), true) = (row["step"].as_u64(), row["kind"] == "train" || row["kind"] == "val") else {
+            bail_input!("line {line}: expected a step and a kind, train or val");
+        };
+        if step < before {
+            bail_input!("line {line}: found step {step} after step {before}");
+        }
+        before = step;
+        for condition in Condition::ALL {
+            let Some((right, n)) = correct(row, condition) else { continue };
+            let name = condition.name();
+            if right > n {
+                bail_input!("line {line}: found val/correct_{name} {right} of {n} questions");
+            }
+            let Some(marks) = row[format!("val/questions_{name}")].as_str() else { continue };
+            let ones = marks.bytes().filter(|mark| *mark == b'1').count() as u64;
+            if ones != right || marks.len() as u64 != n || marks.bytes().any(|mark| !b"01".contains(&mark)) {
+                bail_input!(
+                    "line {line}: val/questions_{name} has {ones} right answers of {}, expected {right} of {n} as beside it",
+                    marks.len()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The objects of a .jsonl file; none where there is no file. A last line without its end is being written, and left out.
 fn rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     if !path.exists() {
         return Ok(Vec::new());
     }
-    let text = text(path)?;
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    let row = |(number, line): (usize, &str)| {
-        serde_json::from_str(line).map_err(|e| input_error!("{} line {}: {e}", path.display(), number + 1))
+    // Bytes: what is being written may end in the middle of a character.
+    let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
+    let Some(end) = bytes.iter().rposition(|byte| *byte == b'\n') else { return Ok(Vec::new()) };
+    let row = |(number, line): (usize, &[u8])| {
+        serde_json::from_slice(line).map_err(|e| input_error!("{} line {}: {e}", path.display(), number + 1))
     };
-    whole.lines().enumerate().map(row).collect()
+    bytes[..end].split(|byte| *byte == b'\n').enumerate().map(row).collect()
 }
 
 fn text(path: &Path) -> Result<String> {
@@ -251,6 +284,25 @@ mod tests {
         assert_eq!((run.planned_steps(), run.finished()), (None, false));
         file("metrics.jsonl", "{\"step\":0}\nnot json\n{}\n")?;
         assert!(RunFiles::read(dir.path()).is_err_and(|e| e.to_string().contains("metrics.jsonl line 2")));
+        for (text, part) in [
+            ("[1]\n", "line 1"),
+            ("{\"step\":\"1\",\"kind\":\"val\"}\n", "a step"),
+            ("{\"step\":1,\"kind\":\"x\"}\n", "kind"),
+            ("{\"step\":2,\"kind\":\"val\"}\n{\"step\":1,\"kind\":\"val\"}\n", "step 1 after step 2"),
+            ("{\"step\":0,\"kind\":\"val\",\"val/n\":4,\"val/correct_clean\":5}\n", "5 of 4"),
+            (
+                "{\"step\":0,\"kind\":\"val\",\"val/n\":2,\"val/correct_clean\":1,\"val/questions_clean\":\"12\"}\n",
+                "line 1",
+            ),
+        ] {
+            file("metrics.jsonl", text)?;
+            let error = RunFiles::read(dir.path()).err().map(|e| (e.exit_code(), e.to_string())).unwrap_or_default();
+            assert!(error.0 == 2 && error.1.contains("metrics.jsonl") && error.1.contains(part), "{text}: {error:?}");
+        }
+        // Half a character at the end of what is being written.
+        std::fs::write(dir.path().join("samples.jsonl"), b"{\"step\":1}\n{\"a\":\"\xe2\x80")?;
+        file("metrics.jsonl", "")?;
+        assert_eq!(RunFiles::read(dir.path())?.rows("samples.jsonl")?.len(), 1);
         Ok(())
     }
 
@@ -267,11 +319,9 @@ mod tests {
         }
         std::os::unix::fs::symlink("c", dir.path().join("a"))?;
         let paths = [dir.path().to_path_buf(), dir.path().join("b")];
-        for (order, expected) in [(Order::Name, ["b", "c", "d"]), (Order::Start, ["b", "d", "c"])] {
-            let runs = read_all(&paths, order)?;
-            let found: Vec<_> = runs.iter().filter_map(|run| run.path.file_name()?.to_str()).collect();
-            assert_eq!(found, expected);
-        }
+        let runs = read_all(&paths)?;
+        let found: Vec<_> = runs.iter().filter_map(|run| run.path.file_name()?.to_str()).collect();
+        assert_eq!(found, ["b", "d", "c"]);
         Ok(())
     }
 }

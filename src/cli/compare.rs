@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{Global, common};
 use crate::analysis::compare::{Comparison, render};
-use crate::analysis::run_files::{Order, read_all};
+use crate::analysis::run_files::read_all;
 use crate::model::checkpoint::atomic_file;
 use crate::{Error, Result};
 
@@ -32,7 +32,7 @@ pub enum Format {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let runs = read_all(&args.runs, Order::Name)?;
+    let runs = read_all(&args.runs)?;
     let comparison = Comparison::of(&runs.iter().collect::<Vec<_>>(), args.baseline.as_deref())?;
     let text = match args.format {
         _ if global.json => {

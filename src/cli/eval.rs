@@ -1,7 +1,7 @@
 //! `temper eval MODEL --config CONFIG`: accuracy in every condition that the configuration has, and over error scales and
 //! formats.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
@@ -13,7 +13,7 @@ use crate::model::load::{kind_of, load_model};
 use crate::rl::evaluation::{Answer, Condition, Evaluation};
 use crate::rl::trainer::check_lengths;
 use crate::run::jsonl::JsonlWriter;
-use crate::{Error, Result};
+use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -51,6 +51,12 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let console = common::console(global);
     let workload = common::workload(&config, false)?;
     let dir = crate::model::checkpoint::resolve_model_path(&args.model)?;
+    // Formats on top of weights that are rounded already would be read as formats.
+    if args.formats.iter().any(|format| format != "none")
+        && crate::model::config::quantization::PackedLayout::of_dir(&dir)?.is_some()
+    {
+        bail_input!("--formats: {}: its weights are packed; expected the model that it was made from", args.model);
+    }
     let model = load_model(&dir, device, Some(kind_of(config.model.dtype)))?;
     let recipe = common::recipe(&config);
     check_lengths(&recipe, &workload, &model.config)?;
@@ -76,9 +82,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         bar.finish();
         Ok::<_, Error>(answers)
     };
-    let mut writer = args.answers.as_deref().map(JsonlWriter::open).transpose()?;
+    let mut writer = args.answers.as_deref().map(AnswersFile::begin).transpose()?;
     let mut write = |answers: &[Answer], labels: &Value| match &mut writer {
-        Some(writer) => writer.write_rows(&answers.iter().map(|a| labelled(json!(a), labels)).collect::<Vec<_>>()),
+        Some(answers_file) => {
+            answers_file.writer.write_rows(&answers.iter().map(|a| labelled(json!(a), labels)).collect::<Vec<_>>())
+        }
         None => Ok(()),
     };
 
@@ -104,6 +112,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         write(answers, &labelled(json!({"condition": "robustness"}), &labels))?;
         rows.push(robustness::row(cell, answers, &known[0].1));
     }
+    if let Some(answers_file) = writer {
+        answers_file.finish()?;
+    }
     if let Some(stem) = &args.plot {
         robustness::plot(&rows, stem)?;
     }
@@ -122,6 +133,29 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         );
     }
     super::print(text)
+}
+
+/// The file of `--answers`: under its name only when all of it is there.
+struct AnswersFile {
+    path: PathBuf,
+    partial: tempfile::TempPath,
+    writer: JsonlWriter,
+}
+
+impl AnswersFile {
+    fn begin(path: &Path) -> Result<AnswersFile> {
+        if path.exists() {
+            bail_input!("--answers {}: exists; choose another name", path.display());
+        }
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let partial = tempfile::NamedTempFile::new_in(parent).map_err(|e| Error::io(path, e).at("--answers"))?;
+        let partial = partial.into_temp_path();
+        Ok(AnswersFile { path: path.to_path_buf(), writer: JsonlWriter::open(&partial)?, partial })
+    }
+
+    fn finish(self) -> Result<()> {
+        self.partial.persist(&self.path).map_err(|e| Error::io(&self.path, e.error))
+    }
 }
 
 /// Of one list of answers.

@@ -12,7 +12,7 @@ use crate::analysis::statistics::mcnemar::mcnemar;
 use crate::config::{self, Config};
 use crate::numerics::format::Format;
 use crate::rl::evaluation::{Answer, Condition};
-use crate::{Result, bail_input};
+use crate::{Error, Result, bail_input};
 
 /// What is injected: error of the products, format of weights and of activations.
 pub type Injected = (f64, Option<Format>, Option<Format>);
@@ -111,12 +111,20 @@ pub fn cells(args: &eval::Args, config: &Config) -> Result<Vec<Cell>> {
     for quantization in &quantizations {
         for noise in &noises {
             let sets = [&args.overrides[..], quantization, noise].concat();
-            let mut config = config::load(&args.config, &sets)?;
+            let mut config = config::load(&args.config, &sets).map_err(as_asked)?;
             config.model.path = Some(args.model.clone());
             cells.push(Cell { config });
         }
     }
     Ok(cells)
+}
+
+/// An error in the words of the option that was given.
+fn as_asked(error: Error) -> Error {
+    match error {
+        Error::Input(text) => Error::Input(text.replace("--set noisy_ops.error_scale=", "--error-scales ")),
+        other => other,
+    }
 }
 
 /// Each in its one spelling, or `none`.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::Global;
-use crate::Result;
 use crate::analysis::report::{self, Report, arms};
+use crate::{Result, input_error};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -24,6 +24,10 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let report = Report::new(arms::read(&args.runs)?)?;
     let html = report.html()?;
+    // What cannot be written is said before anything is.
+    if let Some(directory) = &args.plots {
+        std::fs::create_dir_all(directory).map_err(|e| input_error!("--plots {}: {e}", directory.display()))?;
+    }
     report::write(&html, &args.output)?;
     if let Some(directory) = &args.plots {
         report.write_plots(directory)?;

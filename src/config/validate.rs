@@ -205,7 +205,23 @@ fn stop_rules(config: &Config) -> Checked {
             ));
         };
         real(key(side.name()), bound, true, "a number")?;
+        if rule.metric.starts_with("val/acc")
+            || rule.metric.contains("ratio/clipped")
+            || rule.metric.starts_with("reward/")
+        {
+            real(key(side.name()), bound, (0.0..=1.0).contains(&bound), "a share in [0, 1] (60 % is 0.6)")?;
+        }
         at_least_1(&key("patience"), rule.patience)?;
+        if let Some(name) = &rule.name {
+            // A sweep's decisions name rules, and mean by `any` every one.
+            let twice = config.trainer.stop_rules[..i].iter().any(|other| other.name.as_ref() == Some(name));
+            if name.is_empty() || name == "any" || twice {
+                return Err(Violation::new(
+                    key("name"),
+                    format!("found \"{name}\", expected a name of its own, other than `any`"),
+                ));
+            }
+        }
     }
     Ok(())
 }

@@ -208,8 +208,18 @@ impl<'a> Run<'a> {
         for notice in &self.injector.plan().notices {
             console.warn(notice);
         }
-        // The rows that are there decide, under the rules of now: a rule may be new, or gone.
-        self.write_stopped()?;
+        // The rows that are there decide, under the rules of now: a rule may be new, or gone. A run that had gone on for long
+        // when a new rule would have ended it was not ended by it.
+        match self.rules.fired() {
+            Some(stopped) if stopped.step < self.state.step => {
+                console.warn(&format!(
+                    "{stopped}; that was {} steps ago, and it was not a rule then",
+                    self.state.step - stopped.step
+                ));
+                stopped::write(self.dir.path(), None)?;
+            }
+            _ => self.write_stopped()?,
+        }
         if self.state.step == 0 && self.recipe.trainer.val_before_train {
             self.validate(0)?;
         }

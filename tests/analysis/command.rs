@@ -203,7 +203,7 @@ fn bad_input_is_one_line() {
             vec![good.clone(), "--baseline".into(), "bad".into()],
             "--baseline bad: no arm of this name; the arms are good",
         ),
-        (vec![text(&lying)], "val/questions_clean has 3 right answers of 3, expected 2 of 4"),
+        (vec![text(&lying)], "val/questions_clean has 3 right answers of 3, expected 0 of 4"),
         (vec![text(&young)], "found no run with a validation among 1"),
         (vec![text(&broken)], "metrics.jsonl line 2"),
         (vec![good.clone(), "--format".into(), "html".into()], "html"),

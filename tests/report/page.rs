@@ -99,7 +99,10 @@ fn nothing_from_a_file_becomes_markup() {
     let evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"' {{ 7 * 7 }} </pre>";
     let runs = dir.path().join("runs");
     let name = "pair-<script>alert(1)</script>";
-    Made { completion: evil, console: "warning: <script>alert(1)</script>\n", name, ..PLAIN }.write(&runs);
+    let named = Made { name, ..PLAIN }.write(&dir.path().join("named"));
+    let refused = temper(&["report", text(&named), "-o", dir.path().join("x.html").to_str().unwrap()]);
+    assert_eq!(refused.status.code(), Some(2), "a name that no run has");
+    Made { completion: evil, console: "warning: <script>alert(1)</script>\n", ..PLAIN }.write(&runs);
     Made { completion: evil, hash: "00000002", ..PLAIN }.write(&runs);
     let page = page_of(&runs);
     assert!(!page.contains("<script>alert") && !page.contains("<img"), "markup from a file");

@@ -86,7 +86,7 @@ fn notes(pairs: &[Pair]) -> Vec<String> {
         notes.push("one seed: McNemar's mid-p, interval of Agresti and Min; both are about these two checkpoints, not about the arms".to_string());
     }
     notes.push(
-        "detectable: the difference that a two-sided test at 5 % would find with 80 % probability, (t_0.975 + t_0.80) SE; one seed: SE = sqrt(discordant questions) / n".to_string(),
+        "detectable: the difference that a two-sided test at 5 % would find with about 80 % probability, (t_0.975 + t_0.80) SE; one seed: SE = sqrt(discordant questions) / n".to_string(),
     );
     notes
 }

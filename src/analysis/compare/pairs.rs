@@ -97,8 +97,11 @@ fn marked(arm: &Arm, condition: Condition) -> Vec<Marked<'_>> {
 /// None where the two cannot be compared: no marks, other questions, or one run each of different seeds.
 fn pair(arm: &Arm, baseline: &Arm, condition: Condition) -> Result<Option<Pair>> {
     let (mut of_arm, mut of_baseline) = (marked(arm, condition), marked(baseline, condition));
-    let Some(&reference) = of_baseline.first() else { return Ok(None) };
-    let alike = |run: &Marked| run.questions == reference.questions && run.marks.len() == reference.marks.len();
+    // What most runs answered; one that differs is left out, not all others.
+    let same = |a: &Marked, b: &Marked| a.questions == b.questions && a.marks.len() == b.marks.len();
+    let votes = |run: &Marked| of_arm.iter().chain(&of_baseline).filter(|other| same(run, other)).count();
+    let Some(reference) = of_baseline.iter().rev().max_by_key(|run| votes(run)).copied() else { return Ok(None) };
+    let alike = |run: &Marked| same(run, &reference);
     of_arm.retain(alike);
     of_baseline.retain(alike);
     let partner = |run: &Marked| of_baseline.iter().find(|other| other.seed == run.seed).map(|other| other.marks);

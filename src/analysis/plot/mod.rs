@@ -15,7 +15,7 @@ pub mod ticks;
 
 mod compact;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Once;
 
 use plotters::coord::Shift;
@@ -66,7 +66,13 @@ pub fn write(figure: &impl Figure, stem: &Path) -> Result<()> {
     if figure.is_empty() {
         return Ok(());
     }
-    let (svg, png) = (stem.with_extension("svg"), stem.with_extension("png"));
+    // Added, not replaced: what follows a dot in a name, as in lr-0.01, belongs to it.
+    let added = |extension: &str| {
+        let mut name = stem.as_os_str().to_os_string();
+        name.push(extension);
+        PathBuf::from(name)
+    };
+    let (svg, png) = (added(".svg"), added(".png"));
     let text = svg_text(figure, Surface::File)?.0;
     std::fs::write(&svg, text).map_err(|e| Error::io(&svg, e))?;
     let area = BitMapBackend::new(&png, figure.size(Surface::File)).into_drawing_area();

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::layers::LayerSums;
 use crate::Result;
 use crate::analysis::arms::{self, group};
-use crate::analysis::run_files::{Order, RunFiles, read_all};
+use crate::analysis::run_files::{RunFiles, read_all};
 
 pub type Arm = arms::Arm<Run>;
 
@@ -56,6 +56,6 @@ impl Run {
 /// # Errors
 /// `Input` for a path that holds no run, a file that temper did not write, and the same run twice.
 pub fn read(paths: &[PathBuf]) -> Result<Vec<Arm>> {
-    let runs = read_all(paths, Order::Start)?.into_par_iter().map(Run::of);
+    let runs = read_all(paths)?.into_par_iter().map(Run::of);
     group(runs.collect::<Result<Vec<Run>>>()?)
 }

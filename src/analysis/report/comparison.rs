@@ -12,18 +12,22 @@ use crate::analysis::warnings::{About, Warning};
 
 #[derive(Serialize)]
 pub(super) struct Tests {
-    table: Table,
+    /// None where no two arms can be held against each other.
+    table: Option<Table>,
     /// What speaks against comparing these runs, besides what the head says.
     warnings: Vec<String>,
     /// How the figures are to be read.
     notes: Vec<String>,
 }
 
-/// None where there are no two arms with a validation.
+/// None where there is nothing to say: no pair of arms, and nothing that speaks against comparing.
 pub(super) fn tests_between(arms: &[Arm], warnings: &[Warning]) -> Result<Option<Tests>> {
+    let against = texts(warnings, About::Comparison);
     let validated = |arm: &&Arm| arm.runs.iter().any(|run| !run.files.validations.is_empty());
     if arms.iter().filter(validated).count() < 2 {
-        return Ok(None);
+        let alone = Tests { table: None, warnings: against, notes: Vec::new() };
+        let several = arms.iter().map(|arm| arm.runs.len()).sum::<usize>() > 1;
+        return Ok((several && !alone.warnings.is_empty()).then_some(alone));
     }
     // In the page's order, so that its first arm is the baseline.
     let runs: Vec<&RunFiles> = arms.iter().flat_map(|arm| &arm.runs).map(|run| &run.files).collect();
@@ -40,9 +44,9 @@ pub(super) fn tests_between(arms: &[Arm], warnings: &[Warning]) -> Result<Option
         "detectable, points",
     ];
     let rows: Vec<_> = comparison.pairs.iter().map(|pair| row(pair, &comparison.baseline)).collect();
-    let table = Table { header: header.map(str::to_string).into(), rows };
-    let tests = Tests { table, warnings: texts(warnings, About::Comparison), notes: comparison.notes };
-    Ok((!comparison.pairs.is_empty()).then_some(tests))
+    let table = (!rows.is_empty()).then(|| Table { header: header.map(str::to_string).into(), rows });
+    let tests = Tests { table, warnings: against, notes: comparison.notes };
+    Ok((tests.table.is_some() || !tests.warnings.is_empty()).then_some(tests))
 }
 
 fn row(pair: &Pair, baseline: &str) -> Vec<String> {

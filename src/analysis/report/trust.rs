@@ -90,6 +90,14 @@ pub(super) fn checks(arms: &[Arm], warnings: &[Warning]) -> Vec<Check> {
         let details = texts(warnings, about);
         checks.extend((!details.is_empty()).then_some(Check { level: Level::Note, text, details }));
     }
+    // What they are stands above the comparison.
+    let against = texts(warnings, About::Comparison).len();
+    let text = format!("Against comparing these runs: {against}, see Comparison");
+    checks.extend((against > 0 && all(arms).count() > 1).then_some(Check {
+        level: Level::Bad,
+        text,
+        details: Vec::new(),
+    }));
     checks.extend(resumed(arms));
     checks
 }
@@ -121,10 +129,11 @@ pub(super) fn runs(arms: &[Arm]) -> Vec<RunLine> {
 fn noise(arms: &[Arm], details: Vec<String>) -> Check {
     let steps: usize = all(arms).map(|(_, run)| run.files.train.len()).sum();
     let wrong: usize = all(arms).map(|(_, run)| run.files.disagreeing_steps().len()).sum();
-    let measured = |(_, run): (&Arm, &Run)| run.files.train.iter().any(|row| !row["injection/disagreements"].is_null());
+    let unchecked = |run: &Run| run.files.train.iter().filter(|row| row["injection/disagreements"].is_null()).count();
+    let unchecked: usize = all(arms).map(|(_, run)| unchecked(run)).sum();
     let (level, text) = match wrong {
         _ if steps == 0 => (Level::Note, "No step was trained yet".to_string()),
-        _ if !all(arms).any(measured) => (Level::Bad, "The injected noise was not checked".to_string()),
+        0 if unchecked > 0 => (Level::Bad, format!("Injected noise was not checked in {unchecked} of {steps} steps")),
         0 => (Level::Good, format!("Measured noise agrees with the plan in all {steps} steps")),
         wrong => (Level::Bad, format!("Measured noise disagrees with the plan in {wrong} of {steps} steps")),
     };

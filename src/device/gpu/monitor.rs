@@ -114,10 +114,11 @@ impl Shared {
     }
 
     fn sample(&self) {
+        // One at a time from reading to adding: an older reading must not follow a newer one.
+        let mut state = self.state();
         // A card that fell off the bus answers nothing: an empty reading.
         let reading = self.nvml.device_by_index(self.index).map(|device| Reading::of(&device)).unwrap_or_default();
         let foreign = reading.processes.as_deref().and_then(processes::foreign);
-        let mut state = self.state();
         let warnings = state.warned.not_said_yet(self.index, &reading, foreign.as_deref().unwrap_or_default());
         state.step.add(Instant::now(), &reading, foreign);
         drop(state);
