@@ -10,7 +10,16 @@ const OPERATIONAL: [(&str, &[&str]); 2] = [
     ("", &["name", "seed"]),
     (
         "trainer",
-        &["threads", "val_every", "val_before_train", "val_batch_size", "save_every", "keep_last", "keep_best"],
+        &[
+            "threads",
+            "gradient_checkpointing",
+            "val_every",
+            "val_before_train",
+            "val_batch_size",
+            "save_every",
+            "keep_last",
+            "keep_best",
+        ],
     ),
 ];
 

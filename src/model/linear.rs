@@ -65,14 +65,20 @@ impl Site {
 
     fn call(&self, pass: &Pass, out_features: usize) -> NoisyLinearCall {
         match pass.injector {
-            Some(injector) if pass.matmul_error => injector.linear_call(
-                self.index,
-                pass.phase,
-                &pass.keys,
-                pass.differentiable,
-                pass.microbatch_draw,
-                out_features,
-            ),
+            Some(injector) if pass.matmul_error => {
+                let mut call = injector.linear_call(
+                    self.index,
+                    pass.phase,
+                    &pass.keys,
+                    pass.differentiable,
+                    pass.microbatch_draw,
+                    out_features,
+                );
+                if pass.recomputing {
+                    call.forward.sink = None;
+                }
+                call
+            }
             _ => NoisyLinearCall::clean(pass.keys.clone(), pass.differentiable),
         }
     }

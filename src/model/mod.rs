@@ -17,5 +17,6 @@ pub mod parameter;
 pub mod pass;
 pub mod quantized;
 pub mod qwen2;
+pub mod recompute;
 pub mod section;
 pub mod tokenizer;

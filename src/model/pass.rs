@@ -22,6 +22,8 @@ pub struct Pass<'a> {
     pub fake_quant: bool,
     /// A backward pass will follow.
     pub differentiable: bool,
+    /// The same rows went through before and were measured then: measure nothing.
+    pub recomputing: bool,
     /// Number of the dW draw under `dw_draw: per_microbatch`.
     pub microbatch_draw: u32,
     /// Compare every noised norm's output with its clean one (doubles the norms' cost).
@@ -42,6 +44,7 @@ impl<'a> Pass<'a> {
             matmul_error: false,
             fake_quant: false,
             differentiable: false,
+            recomputing: false,
             microbatch_draw: 0,
             measure_norms: false,
             calibration: None,

@@ -137,6 +137,9 @@ pub struct TrainerSection {
     pub stop_rules: Vec<StopRule>,
     /// Completions of every step that go into samples.jsonl; a large number keeps all.
     pub samples_per_step: usize,
+    /// Compute blocks again in backward instead of keeping what is inside them: less memory, a third more time, the same
+    /// gradients to the bit. null: on a GPU.
+    pub gradient_checkpointing: Option<bool>,
     /// CPU threads; null = all cores. CPU results are bitwise the same only for the same count.
     pub threads: Option<usize>,
 }
@@ -156,6 +159,7 @@ impl Default for TrainerSection {
             max_skipped_steps: 20,
             stop_rules: Vec::new(),
             samples_per_step: 4,
+            gradient_checkpointing: None,
             threads: None,
         }
     }

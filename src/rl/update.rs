@@ -11,7 +11,7 @@ use super::recipe::Recipe;
 use super::rollout::Rollout;
 use crate::inject::injector::Injector;
 use crate::model::aqn;
-use crate::model::logprobs::response_logprobs;
+use crate::model::logprobs::{recomputed_logprobs, response_logprobs};
 use crate::model::parameter::Role;
 use crate::model::pass::{Pass, Sequence};
 use crate::model::qwen2::{Module, Qwen2};
@@ -170,8 +170,14 @@ impl Updater<'_> {
             ..Pass::injected(self.injector, Phase::Update, RowKeys::new(Vec::new()))
         };
         let temperature = self.recipe.rollout.temperature;
-        let TokenLogprobs { logprobs, entropy } =
-            response_logprobs(self.model, &microbatch.sequences, temperature, &pass)?;
+        let on_gpu = self.model.device().is_cuda();
+        let (TokenLogprobs { logprobs, entropy }, recompute) =
+            if self.recipe.trainer.gradient_checkpointing.unwrap_or(on_gpu) {
+                let (forward, recompute) = recomputed_logprobs(self.model, &microbatch.sequences, temperature, &pass)?;
+                (forward, Some(recompute))
+            } else {
+                (response_logprobs(self.model, &microbatch.sequences, temperature, &pass)?, None)
+            };
         let advantages = Tensor::f_from_slice(&microbatch.advantages)?.f_to_device(self.model.device())?;
         let inputs = PolicyLossInputs {
             new_logprobs: &logprobs,
@@ -183,7 +189,10 @@ impl Updater<'_> {
         };
         let output = policy_loss(&inputs, &PolicyLossConfig::from(&self.recipe.algorithm), normalizer)?;
         if output.metrics.is_finite() {
-            run_backward(&output.loss)?;
+            match recompute {
+                Some(recompute) => recompute.backward(&output.loss)?,
+                None => run_backward(&output.loss)?,
+            }
         }
         Ok((output.metrics, f64::try_from(entropy.f_sum(Kind::Double)?)?))
     }

@@ -11,6 +11,7 @@ mod draws;
 mod fake_quant_tensor;
 mod mutation;
 mod nonfinite;
+mod recompute;
 mod shared_draws;
 mod stochastic_weights;
 mod support;
