@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::sshd::{Sshd, process_lives};
-use crate::support::{Client, text, wait_until};
+use crate::support::{Client, TEMPER, text, wait_until};
 
 fn kill(signal: &str, pid: &str) {
     assert!(Command::new("kill").args([signal, "--", pid]).status().unwrap().success());
@@ -40,7 +40,9 @@ fn a_watcher_that_dies_leaves_the_job_alone_and_no_process_behind() {
         text(&listed.stdout).lines().any(|line| line.starts_with("tail ") && line.contains(path.to_str().unwrap()))
     };
     for signal in ["-KILL", "-INT"] {
-        let mut watching = client.command(&["logs", "-f", &id]).spawn().unwrap();
+        // As from a terminal: what a shell runs in the background ignores INT, and hands that down.
+        let mut watching =
+            client.command_of("env", &["--default-signal=INT", TEMPER, "logs", "-f", &id]).spawn().unwrap();
         wait_until("the log is watched", watched);
         kill(signal, &watching.id().to_string());
         watching.wait().unwrap();

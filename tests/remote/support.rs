@@ -34,6 +34,8 @@ while [ ! -e "$run/stop" ]; do sleep 0.05; done
 exit "$(cat "$run/stop")"
 "#;
 
+pub const TEMPER: &str = env!("CARGO_BIN_EXE_temper");
+
 pub struct Client {
     dir: tempfile::TempDir,
     /// The host's root.
@@ -83,7 +85,12 @@ impl Client {
     }
 
     pub fn command<S: AsRef<std::ffi::OsStr>>(&self, args: &[S]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_temper"));
+        self.command_of(TEMPER, args)
+    }
+
+    /// Another program in the client's place.
+    pub fn command_of<S: AsRef<std::ffi::OsStr>>(&self, program: &str, args: &[S]) -> Command {
+        let mut command = Command::new(program);
         command.args(args).current_dir(self.dir.path()).env_remove("TEMPER_HOSTS");
         command.env("TEMPER_LOCKS", self.path("locks"));
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
