@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 66] = [
+const TABLE: [(&str, &[&str]); 69] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
@@ -107,6 +107,18 @@ const TABLE: [(&str, &[&str]); 66] = [
     (
         "trainer: {stop_rules: [{metric: entropy, above: 1}, {metrics: entropy, above: 1}]}",
         &["trainer.stop_rules[1].metrics: unknown key; nearest known key: trainer.stop_rules[].metric"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: val/acc_clean, below: 60}]}",
+        &["trainer.stop_rules[0].below: found 60, expected a share in [0, 1] (60 % is 0.6)"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1, name: any}]}",
+        &["trainer.stop_rules[0].name: found \"any\", expected a name of its own"],
+    ),
+    (
+        "trainer: {stop_rules: [{metric: lr, above: 1, name: a}, {metric: lr, below: 0, name: a}]}",
+        &["trainer.stop_rules[1].name: found \"a\", expected a name of its own"],
     ),
     ("trainer: {stop_rules: [{metric: lr, abov: 1}]}", &["nearest known key: trainer.stop_rules[].above"]),
     (

@@ -98,7 +98,7 @@ fn validations_and_patience_count_rows_and_a_rule_that_must_not_fire_changes_not
     for (rules, expected) in [
         ("", None),
         // The validation of step 3 is not after step 3; the next is that of step 6.
-        ("{metric: val/acc_noisy, below: 2.0, after_step: 3}", Some((6, "val/acc_noisy below 2"))),
+        ("{metric: val/acc_noisy, below: 1.0, after_step: 3}", Some((6, "val/acc_noisy below 1"))),
         ("{metric: val/correct_clean, below: 9, patience: 3, name: third}", Some((9, "third"))),
         ("{metric: lr, above: 0.0, patience: 5, name: five}", Some((5, "five"))),
         // The first that fires, not the first in the list; of one step, the first in the list.
