@@ -122,7 +122,7 @@ debian_tools() {
     trap 'rm -f /usr/sbin/policy-rc.d' EXIT
   fi
   # shellcheck disable=SC2086 # a list of words
-  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $wanted; } >/dev/null 2>&1 || status=$?
+  { timeout 240 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 600 apt-get install -qq -y --no-install-recommends $wanted; } >/dev/null 2>&1 || status=$?
   [ "$status" -eq 0 ] || say "apt-get could not install them; their tests will skip"
 }
 if $test_tools; then phase "sshd and browser for tests" debian_tools; fi
