@@ -51,9 +51,12 @@ impl Call {
         Call { operation, arguments: arguments.into_iter().collect(), input: String::new() }
     }
 
+    fn arguments(&self) -> Vec<&str> {
+        self.arguments.iter().map(String::as_str).collect()
+    }
+
     fn run(&self, connection: &Connection) -> Result<String> {
-        let arguments: Vec<&str> = self.arguments.iter().map(String::as_str).collect();
-        connection.text(self.operation, &arguments, Input::Bytes(&mut self.input.as_bytes()))
+        connection.text(self.operation, &self.arguments(), Input::Bytes(&mut self.input.as_bytes()))
     }
 }
 
@@ -144,9 +147,10 @@ fn launch_script(host: &Host, snapshot: &str) -> String {
         lines.push("export LD_LIBRARY_PATH".to_string());
     } else {
         // Resolved: libtorch looks for its neighbours from where it really lies.
-        lines.push("if [ -e runtime/torch ]; then".to_string());
+        lines.push("if [ -e \"$TEMPER_ROOT/runtime/torch\" ]; then".to_string());
         lines.push(
-            "  LD_LIBRARY_PATH=$(readlink -f runtime/torch)/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}".to_string(),
+            "  LD_LIBRARY_PATH=$(readlink -f \"$TEMPER_ROOT/runtime/torch\")/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+                .to_string(),
         );
         lines.push("  export LD_LIBRARY_PATH".to_string());
         lines.push("fi".to_string());
@@ -169,13 +173,12 @@ pub fn shown(connection: &Connection, request: &Request) -> String {
     calls.push(request.start(host));
     let sent = format!("{} ({} bytes)", request.snapshot.binary.display(), request.snapshot.binary_bytes);
     let line = |call: &Call| {
-        let arguments: Vec<&str> = call.arguments.iter().map(String::as_str).collect();
         let input = match call.operation {
             "receive_blob" => format!(" and {sent}"),
             _ if call.input.is_empty() => String::new(),
             _ => " and the launch script".to_string(),
         };
-        format!("{}   # stdin: the agent{input}", connection.shown(call.operation, &arguments))
+        format!("{}   # stdin: the agent{input}", connection.shown(call.operation, &call.arguments()))
     };
     let lines: Vec<String> = calls.iter().map(line).collect();
     let script = launch_script(host, &request.snapshot.hash());
@@ -231,8 +234,7 @@ fn send_binary(connection: &Connection, request: &Request, console: &Console) ->
     let mut bar = console.progress(&format!("{}: sending temper", connection.host.name), snapshot.binary_bytes);
     let mut counted = Counted { file, count: |n| bar.inc(n) };
     let call = request.blob();
-    let arguments: Vec<&str> = call.arguments.iter().map(String::as_str).collect();
-    connection.text(call.operation, &arguments, Input::Bytes(&mut counted))?;
+    connection.text(call.operation, &call.arguments(), Input::Bytes(&mut counted))?;
     bar.finish();
     Ok(())
 }
@@ -282,6 +284,30 @@ fn with_remedy(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Below the root, also where jobs run in another directory.
+    #[test]
+    fn an_installed_torch_is_found() -> std::io::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("runtime/torch/lib"))?;
+        std::fs::create_dir_all(root.join("snapshots/h"))?;
+        let temper = root.join("snapshots/h/temper");
+        std::fs::write(&temper, "#!/bin/sh\nprintf '%s' \"$LD_LIBRARY_PATH\"\n")?;
+        std::fs::set_permissions(&temper, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        for directory in ["null", "/"] {
+            let text = format!("{{ssh: x, root: /r, directory: {directory}}}");
+            let host: Host = serde_yaml::from_str(&text).unwrap_or_else(|e| unreachable!("{e}"));
+            let output = std::process::Command::new("sh")
+                .args(["-c", &launch_script(&host, "h")])
+                .env("TEMPER_ROOT", &root)
+                .env_remove("LD_LIBRARY_PATH")
+                .output()?;
+            let lib = root.canonicalize()?.join("runtime/torch/lib");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), lib.display().to_string(), "{directory}: {output:?}");
+        }
+        Ok(())
+    }
 
     /// Whatever stands in a hosts file is data to the launch script.
     #[test]
