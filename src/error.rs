@@ -77,6 +77,11 @@ impl From<tch::TchError> for Error {
     }
 }
 
+/// A message of another library, or of what a user wrote, as the one line that every error is.
+pub fn one_line(message: impl std::fmt::Display) -> String {
+    message.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
 /// `Error::Input` from a format string.
 #[macro_export]
 macro_rules! input_error {

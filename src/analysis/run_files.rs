@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::error::one_line;
 use crate::rl::evaluation::Condition;
 use crate::run::directory::usable_name;
 use crate::run::stopped::{self, Stopped};
@@ -86,9 +87,8 @@ impl RunFiles {
             .map_err(|e| input_error!("{}: {e}; this is not a run.json that temper wrote", run_path.display()))?;
         let config_path = path.join("config.yaml");
         let config_text = text(&config_path)?;
-        let config: Value = serde_yaml::from_str(&config_text).map_err(|e| {
-            input_error!("{}: {}", config_path.display(), e.to_string().lines().collect::<Vec<_>>().join(" "))
-        })?;
+        let config: Value = serde_yaml::from_str(&config_text)
+            .map_err(|e| input_error!("{}: {}", config_path.display(), one_line(e)))?;
         let (Some(name), Some(hash), Some(seed)) =
             (run["name"].as_str(), run["config_hash"].as_str(), run["seed"].as_u64())
         else {

@@ -52,9 +52,9 @@ pub fn print(run_dir: &Path, global: &Global) -> Result<()> {
     super::print(text)
 }
 
-/// The share of right answers of the last validation under `condition`; None where there is none.
-pub fn last_accuracy(run_dir: &Path, condition: Condition) -> Result<Option<f64>> {
-    Ok(RunFiles::read(run_dir)?.last(condition).map(|(correct, n)| correct as f64 / n.max(1) as f64))
+/// The share of right answers.
+pub fn share((correct, n): (u64, u64)) -> f64 {
+    correct as f64 / n.max(1) as f64
 }
 
 /// Only a validation of step 0 was before training.
@@ -68,11 +68,11 @@ fn heading(row: &Value, word: &str) -> String {
 
 fn cell(correct: u64, n: u64) -> String {
     let (low, high) = wilson_interval(correct, n);
-    format!("{:.1} % [{:.1}, {:.1}]", 100.0 * correct as f64 / n.max(1) as f64, 100.0 * low, 100.0 * high)
+    format!("{:.1} % [{:.1}, {:.1}]", 100.0 * share((correct, n)), 100.0 * low, 100.0 * high)
 }
 
 /// One condition's result as JSON.
 pub fn accuracy(correct: u64, n: u64) -> Value {
     let (low, high) = wilson_interval(correct, n);
-    json!({"correct": correct, "accuracy": correct as f64 / n.max(1) as f64, "ci95": [low, high]})
+    json!({"correct": correct, "accuracy": share((correct, n)), "ci95": [low, high]})
 }

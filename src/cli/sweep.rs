@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{Global, common, results, train};
 use crate::analysis::decision::Outcome;
+use crate::analysis::run_files::RunFiles;
 use crate::analysis::statistics::mean_and_standard_error;
 use crate::config::sweep::{Job, jobs};
 use crate::remote::connection::Connection;
@@ -180,14 +181,18 @@ fn print(args: &Args, jobs: &[Job], ends: &[End], global: &Global) -> Result<()>
             arms.push(&job.arm);
         }
     }
+    let finished = |(job, end): (&Job, &End)| -> Result<Option<(String, RunFiles)>> {
+        let read = (end.state == State::Finished).then(|| RunFiles::read(&directory(args, job)?)).transpose()?;
+        Ok(read.map(|run| (job.arm.clone(), run)))
+    };
+    let runs: Vec<(String, RunFiles)> =
+        jobs.iter().zip(ends).filter_map(|one| finished(one).transpose()).collect::<Result<_>>()?;
     let mut table = common::plain_table(&["arm", "condition", "mean, %", "standard error", "seeds", "each, %"]);
     let mut rows = Vec::new();
     for arm in arms {
         for condition in Condition::ALL {
-            let mut each = Vec::new();
-            for (job, _) in jobs.iter().zip(ends).filter(|(job, end)| job.arm == arm && end.state == State::Finished) {
-                each.extend(results::last_accuracy(&directory(args, job)?, condition)?);
-            }
+            let of_arm = runs.iter().filter(|(of, _)| of == arm);
+            let each: Vec<f64> = of_arm.filter_map(|(_, run)| run.last(condition)).map(results::share).collect();
             let Some(mean) = mean_and_standard_error(&each) else { continue };
             let percent = |ratio: f64| format!("{:.1}", 100.0 * ratio);
             table.add_row([
@@ -210,8 +215,8 @@ fn print(args: &Args, jobs: &[Job], ends: &[End], global: &Global) -> Result<()>
             "run_dir": directory(args, job)?,
         }))
     };
-    let runs = jobs.iter().zip(ends).map(run).collect::<Result<Vec<_>>>()?;
     if global.json {
+        let runs = jobs.iter().zip(ends).map(run).collect::<Result<Vec<_>>>()?;
         return super::print(json!({"arms": rows, "runs": runs}));
     }
     let mut text = common::lines(&table);

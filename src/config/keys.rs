@@ -8,6 +8,7 @@ use serde_yaml::{Mapping, Number, Value};
 
 use super::source::Merged;
 use super::{Config, later};
+use crate::error::one_line;
 use crate::inject::section::LayerSigmaConfig;
 use crate::rl::stop_rules::StopRule;
 use crate::{Result, bail_input, input_error};
@@ -216,8 +217,4 @@ pub(super) fn text(key: &Value) -> String {
         Value::Number(n) => n.to_string(),
         other => describe(other),
     }
-}
-
-pub(super) fn one_line(message: &str) -> String {
-    message.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::data::section::DataSection;
+use crate::error::one_line;
 use crate::inject::plan::{InjectionPlan, ModuleSpec};
 use crate::inject::schedule::SigmaSchedule;
 use crate::inject::section::{FakeQuantSection, NoiseInjectionSection, NoisyOpsSection};
@@ -46,7 +47,7 @@ pub struct Config {
 pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
     load_checked(path, overrides).map_err(|error| match error {
         // Keys and overrides are shown as they were written; they may hold line breaks.
-        Error::Input(message) => Error::Input(keys::one_line(&message)),
+        Error::Input(message) => Error::Input(one_line(message)),
         other => other,
     })
 }

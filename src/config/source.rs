@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use serde_yaml::{Mapping, Value};
 
 use super::keys;
+use crate::error::one_line;
 use crate::inject::multipliers;
 use crate::{Error, Result, bail_input, input_error};
 
@@ -116,9 +117,8 @@ fn read_yaml(path: &Path) -> Result<Mapping> {
     let bytes = std::fs::read(path).map_err(|e| Error::io(path, e))?;
     let text = String::from_utf8(bytes)
         .map_err(|_| input_error!("{label}: found bytes that are not UTF-8, expected YAML text"))?;
-    let mut value: Value =
-        serde_yaml::from_str(&text).map_err(|e| input_error!("{label}: {}", keys::one_line(&e.to_string())))?;
-    value.apply_merge().map_err(|e| input_error!("{label}: {}", keys::one_line(&e.to_string())))?;
+    let mut value: Value = serde_yaml::from_str(&text).map_err(|e| input_error!("{label}: {}", one_line(e)))?;
+    value.apply_merge().map_err(|e| input_error!("{label}: {}", one_line(e)))?;
     match value {
         Value::Mapping(tree) => Ok(tree),
         Value::Null => Ok(Mapping::new()),
@@ -214,8 +214,7 @@ fn override_tree(text: &str) -> Result<Mapping> {
         Value::Mapping(tree) => prepare(tree, &label, Path::new("")),
         _ => Ok(Mapping::new()),
     };
-    let parsed =
-        serde_yaml::from_str::<Value>(raw).map_err(|e| input_error!("{label}: {}", keys::one_line(&e.to_string())));
+    let parsed = serde_yaml::from_str::<Value>(raw).map_err(|e| input_error!("{label}: {}", one_line(e)));
     let as_yaml = parsed.and_then(tree);
     as_yaml.or_else(|error| tree(Value::String(raw.to_string())).map_err(|_| error))
 }

@@ -17,6 +17,7 @@ use serde_yaml::{Mapping, Value};
 
 use super::{Config, keys};
 use crate::analysis::decision::Decision;
+use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
 #[derive(Debug, Deserialize)]
@@ -52,8 +53,7 @@ pub struct Job {
 pub fn jobs(path: &Path, overrides: &[String]) -> Result<Vec<Job>> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    let file: SweepFile =
-        serde_yaml::from_str(&text).map_err(|e| input_error!("{shown}: {}", keys::one_line(&e.to_string())))?;
+    let file: SweepFile = serde_yaml::from_str(&text).map_err(|e| input_error!("{shown}: {}", one_line(e)))?;
     if file.arms.is_empty() || file.seeds.is_empty() {
         bail_input!("{shown}: found {} arms and {} seeds, expected some", file.arms.len(), file.seeds.len());
     }

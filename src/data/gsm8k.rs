@@ -14,6 +14,7 @@ use parquet::record::{Field, Row};
 use serde::Deserialize;
 
 use super::Question;
+use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
 #[derive(Deserialize)]
@@ -60,7 +61,7 @@ pub fn load_parquet(path: &Path, limit: Option<usize>) -> Result<Vec<Question>> 
 
 fn read_parquet(path: &Path, file: File, limit: Option<usize>) -> Result<Vec<Question>> {
     let broken = |e: parquet::errors::ParquetError| {
-        let problem = one_line(&e.to_string());
+        let problem = one_line(e);
         input_error!("{}: not a readable parquet file: {problem}", path.display())
     };
     let reader = SerializedFileReader::new(file).map_err(broken)?;
@@ -145,8 +146,4 @@ fn final_answer(answer: &str) -> Result<String> {
 fn json_problem(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.rsplit_once(" at line ").map_or(text.clone(), |(problem, _)| problem.to_string())
-}
-
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

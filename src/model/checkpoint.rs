@@ -24,6 +24,7 @@ use safetensors::tensor::{Metadata, SafeTensors};
 use serde_json::Value;
 
 use super::config::{Qwen2Config, read_json};
+use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
 pub use packed::PackedView;
@@ -298,7 +299,7 @@ fn read_header(bytes: &[u8]) -> Result<(usize, Metadata)> {
         Err(SafeTensorError::TensorInvalidInfo) => Err(input_error!(
             "found a tensor whose data_offsets do not match its shape and dtype, expected both to agree"
         )),
-        Err(other) => Err(input_error!("not a safetensors file: {}", one_line(&other.to_string()))),
+        Err(other) => Err(input_error!("not a safetensors file: {}", one_line(other))),
     }
 }
 
@@ -311,8 +312,4 @@ fn describe_length(bytes: &[u8], header_length: usize) -> Error {
     let expected = tensors.filter_map(end).max().unwrap_or(0);
     let state = if (found as u64) < expected { "truncated" } else { "trailing bytes" };
     input_error!("{state}: found {found} bytes of data, expected {expected}")
-}
-
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::chat_template::{ChatTemplate, Message};
+use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
 /// Text to ids and back, and prompts in the model's own chat format.
@@ -24,7 +25,7 @@ impl Tokenizer {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
         let inner = tokenizers::Tokenizer::from_bytes(&bytes)
-            .map_err(|e| input_error!("{}: not a tokenizer: {}", path.display(), one_line(&e)))?;
+            .map_err(|e| input_error!("{}: not a tokenizer: {}", path.display(), one_line(e)))?;
         let largest = inner.get_vocab(true).values().max().copied();
         let Some(largest) = largest else {
             bail_input!("{}: found an empty vocabulary, expected tokens", path.display());
@@ -69,7 +70,7 @@ impl Tokenizer {
         }
         self.inner
             .decode(ids, true)
-            .map_err(|e| Error::Runtime(format!("{}: decoding failed: {}", self.place, one_line(&e))))
+            .map_err(|e| Error::Runtime(format!("{}: decoding failed: {}", self.place, one_line(e))))
     }
 
     /// Ids of a one-turn conversation in the model's chat template, up to where the assistant begins.
@@ -106,10 +107,6 @@ impl Tokenizer {
         self.inner
             .encode(text, add_special_tokens)
             .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| input_error!("{}: cannot encode the text: {}", self.place, one_line(&e)))
+            .map_err(|e| input_error!("{}: cannot encode the text: {}", self.place, one_line(e)))
     }
-}
-
-fn one_line(error: &dyn std::fmt::Display) -> String {
-    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -185,13 +185,13 @@ impl Fleet<'_> {
                 if !open(&known[number]) {
                     continue;
                 }
-                let known_before = std::mem::take(&mut known[number].doubtful);
+                let was_doubtful = std::mem::take(&mut known[number].doubtful);
                 let Some(job) = overview.jobs.iter().find(|job| job.id == task.id) else {
                     // Never arrived, or somebody removed it: it is sent anew.
                     known[number] = Known::default();
                     continue;
                 };
-                if known_before && known[number].stale && job.state().is_over() {
+                if was_doubtful && known[number].stale && job.state().is_over() {
                     continue;
                 }
                 known[number].stale = false;

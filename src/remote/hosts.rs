@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::error::one_line;
 use crate::run::atomic_file;
 use crate::{Error, Result, bail_input, input_error};
 
@@ -134,8 +135,7 @@ impl Hosts {
     fn read(path: &Path) -> Result<Hosts> {
         let shown = path.display();
         let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-        let file: HostsFile = serde_yaml::from_str(&text)
-            .map_err(|e| input_error!("{shown}: {}", e.to_string().lines().collect::<Vec<_>>().join(" ")))?;
+        let file: HostsFile = serde_yaml::from_str(&text).map_err(|e| input_error!("{shown}: {}", one_line(e)))?;
         let mut hosts = file.hosts;
         for (name, host) in &mut hosts {
             host.name = name.clone();

@@ -4,42 +4,16 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
-use tch::Device;
-use temper::data::generated::Split;
 use temper::device::gpu::monitor::Watch;
 use temper::device::gpu::selection::Card;
-use temper::rl::trainer::{Launch, Workload, train};
-use temper::run::console::{Console, Verbosity};
-use temper::run::signals::Interrupt;
 
-use crate::small_run::{questions, recipe, tokenizer};
+use crate::small_run::{recipe, train_small};
 use crate::support::FakeNvml;
 
 /// 4 steps on the CPU; the run directory.
 fn run(out: &Path, monitor: Option<Watch>) -> PathBuf {
     let recipe = recipe(|r| r.algorithm.kl_coef = 0.1);
-    let tokenizer_dir = out.join("tokenizer");
-    std::fs::create_dir_all(&tokenizer_dir).unwrap();
-    let tokenizer = tokenizer(&tokenizer_dir);
-    let workload = Workload {
-        train: questions(&recipe, &tokenizer, Split::Train, 8),
-        val: questions(&recipe, &tokenizer, Split::Validation, 2),
-        tokenizer,
-        tokenizer_dir,
-        source: "generated".into(),
-        inputs: Vec::new(),
-        _scratch: None,
-    };
-    let launch = Launch {
-        device: Device::Cpu,
-        device_name: "cpu".into(),
-        out,
-        resume: false,
-        console: &Console::new(Verbosity::from_flags(true, 0)),
-        interrupt: &Interrupt::never(),
-        monitor,
-    };
-    train(&recipe, &workload, &launch).unwrap().run_dir
+    train_small(&recipe, out, monitor, Clone::clone).unwrap().run_dir
 }
 
 #[test]

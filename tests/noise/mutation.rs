@@ -4,8 +4,6 @@
 use std::path::Path;
 
 use serde_json::Value;
-use tch::Device;
-use temper::data::generated::Split;
 use temper::inject::plan::InjectionPlan;
 use temper::inject::section::{
     ActivationScale, FakeQuantSection, InjectPhase, LayerSigmaConfig, LayerType, NoiseInjectionSection,
@@ -14,11 +12,9 @@ use temper::inject::section::{
 use temper::numerics::format::Format;
 use temper::rl::recipe::Recipe;
 use temper::rl::section::KlEstimator;
-use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
-use temper::run::console::{Console, Verbosity};
-use temper::run::signals::Interrupt;
+use temper::rl::trainer::Outcome;
 
-use crate::support::{questions, recipe, tokenizer};
+use crate::support::{recipe, train_small};
 
 /// Trains `recipe` (8 problems, so 2 steps an epoch) into `out`, injecting `applied(plan)`.
 pub fn train(
@@ -26,28 +22,7 @@ pub fn train(
     out: &Path,
     applied: impl FnOnce(&InjectionPlan) -> InjectionPlan,
 ) -> temper::Result<Outcome> {
-    let tokenizer_dir = out.join("tokenizer");
-    std::fs::create_dir_all(&tokenizer_dir).unwrap();
-    let tokenizer = tokenizer(&tokenizer_dir);
-    let workload = Workload {
-        train: questions(recipe, &tokenizer, Split::Train, 8),
-        val: questions(recipe, &tokenizer, Split::Validation, 2),
-        tokenizer,
-        tokenizer_dir,
-        source: "generated".into(),
-        inputs: Vec::new(),
-        _scratch: None,
-    };
-    let launch = Launch {
-        device: Device::Cpu,
-        device_name: "cpu".into(),
-        out,
-        resume: false,
-        console: &Console::new(Verbosity::from_flags(true, 0)),
-        interrupt: &Interrupt::never(),
-        monitor: None,
-    };
-    train_with(recipe, &workload, &launch, applied)
+    train_small(recipe, out, None, applied)
 }
 
 /// The training rows of a run's metrics.jsonl.

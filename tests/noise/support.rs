@@ -4,6 +4,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 use temper::data::generated::{Split, Task, write_tokenizer};
+use temper::device::gpu::monitor::Watch;
 use temper::inject::injector::Injector;
 use temper::inject::plan::InjectionPlan;
 use temper::inject::section::{FakeQuantSection, NoiseInjectionSection, NoisyOpsSection};
@@ -14,6 +15,9 @@ use temper::model::qwen2::Qwen2;
 use temper::model::tokenizer::Tokenizer;
 use temper::numerics::generator::uniform_u32;
 use temper::rl::recipe::{PreparedQuestion, Recipe, prepare};
+use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
+use temper::run::console::{Console, Verbosity};
+use temper::run::signals::Interrupt;
 
 pub const SEED: u64 = 11;
 
@@ -129,4 +133,35 @@ pub fn tokenizer(dir: &Path) -> Tokenizer {
 
 pub fn questions(recipe: &Recipe, tokenizer: &Tokenizer, split: Split, n: u32) -> Vec<PreparedQuestion> {
     prepare(&Task::new(0).questions(split, 0..n), &recipe.data, tokenizer).unwrap()
+}
+
+/// Trains `recipe` (8 problems, so 2 steps an epoch) into `out`, injecting `applied(plan)`.
+pub fn train_small(
+    recipe: &Recipe,
+    out: &Path,
+    monitor: Option<Watch>,
+    applied: impl FnOnce(&InjectionPlan) -> InjectionPlan,
+) -> temper::Result<Outcome> {
+    let tokenizer_dir = out.join("tokenizer");
+    std::fs::create_dir_all(&tokenizer_dir).unwrap();
+    let tokenizer = tokenizer(&tokenizer_dir);
+    let workload = Workload {
+        train: questions(recipe, &tokenizer, Split::Train, 8),
+        val: questions(recipe, &tokenizer, Split::Validation, 2),
+        tokenizer,
+        tokenizer_dir,
+        source: "generated".into(),
+        inputs: Vec::new(),
+        _scratch: None,
+    };
+    let launch = Launch {
+        device: Device::Cpu,
+        device_name: "cpu".into(),
+        out,
+        resume: false,
+        console: &Console::new(Verbosity::from_flags(true, 0)),
+        interrupt: &Interrupt::never(),
+        monitor,
+    };
+    train_with(recipe, &workload, &launch, applied)
 }

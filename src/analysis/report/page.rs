@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::{Figure, Group, Report, accuracies, configuration, samples, trust};
 use crate::analysis::plot::style;
+use crate::error::one_line;
 use crate::{Error, Result};
 
 /// Values that the template must not escape are named in it by `safe`: our own SVG, CSS, JavaScript and JSON.
@@ -120,5 +121,5 @@ fn for_script(value: &Value) -> String {
 }
 
 fn failed(e: minijinja::Error) -> Error {
-    Error::Runtime(format!("report page: {e:#}").lines().collect::<Vec<_>>().join(" "))
+    Error::Runtime(one_line(format!("report page: {e:#}")))
 }

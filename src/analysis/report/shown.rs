@@ -176,26 +176,27 @@ pub(super) const MACHINE: Section = Section {
     ],
 };
 
-/// Unit and factor of a `gpu_*` key, by its last part.
+/// The last part of a `gpu_*` key, its unit, and the factor to it.
+const GPU_UNITS: [(&str, &str, f64); 8] = [
+    ("_bytes", "GiB", 1.0 / (1u64 << 30) as f64),
+    ("_ratio", "%", 100.0),
+    ("_percent", "%", 1.0),
+    ("_w", "W", 1.0),
+    ("_c", "°C", 1.0),
+    ("_mhz", "MHz", 1.0),
+    ("_s", "s", 1.0),
+    ("_j", "J", 1.0),
+];
+
+/// Unit and factor of a `gpu_*` key.
 pub(super) fn gpu_unit(key: &str) -> (&'static str, f64) {
-    const UNITS: [(&str, &str, f64); 8] = [
-        ("_bytes", "GiB", 1.0 / (1u64 << 30) as f64),
-        ("_ratio", "%", 100.0),
-        ("_percent", "%", 1.0),
-        ("_w", "W", 1.0),
-        ("_c", "°C", 1.0),
-        ("_mhz", "MHz", 1.0),
-        ("_s", "s", 1.0),
-        ("_j", "J", 1.0),
-    ];
-    let found = UNITS.into_iter().find(|(end, _, _)| key.ends_with(end));
+    let found = GPU_UNITS.into_iter().find(|(end, ..)| key.ends_with(end));
     found.map_or(("", 1.0), |(_, unit, factor)| (unit, factor))
 }
 
 /// `gpu_memory_used_bytes` as people say it: `GPU memory used`.
 pub(super) fn gpu_title(key: &str) -> String {
-    const ENDS: [&str; 8] = ["_bytes", "_ratio", "_percent", "_w", "_c", "_mhz", "_s", "_j"];
     let name = key.trim_start_matches("gpu_");
-    let name = ENDS.into_iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+    let name = GPU_UNITS.into_iter().find_map(|(end, ..)| name.strip_suffix(end)).unwrap_or(name);
     format!("GPU {}", name.replace('_', " "))
 }

@@ -43,7 +43,7 @@ status_of() { # ID ATTEMPT DIRECTORY
   for name in $living; do printf '%s_alive\tyes\n' "$name"; done
   code=$(read_slot "$3/exit_code")
   awk '{ sub(/ +$/, ""); name = FILENAME; sub(/.*\//, "", name); print name "\t" $0 }' \
-    "$3/phase" "$3/token" "$3/heartbeat" "$3/exit_code" "$3/started" "$3/finished" "$3/job.pid" "$3/supervisor.pid" "$3/beat"
+    "$3/phase" "$3/token" "$3/heartbeat" "$3/exit_code" "$3/started" "$3/finished" "$3/job.pid" "$3/supervisor.pid"
   [ "$(read_slot "$3/boot_id")" = "$(boot_id)" ] && printf 'same_boot\tyes\n'
   [ -f "$3/cancelled" ] && printf 'cancelled\tyes\n'
   number=$(read_slot "$3/slurm")
