@@ -1,6 +1,6 @@
 //! Builds what is not Rust: the C++ that joins torch, the CUDA kernels, and the kernels' host build for the tests.
 //!
-//! 1. `src/ops/autograd/bridge.cpp` and `src/ops/cuda/stream.cpp` -> a static library against `$LIBTORCH`.
+//! 1. `src/ops/autograd/*.cpp` and `src/ops/cuda/stream.cpp` -> a static library against `$LIBTORCH`.
 //! 2. (kernels/compile.rs) `kernels/*.cu` -> one fatbin each (machine code of every architecture in `CUDA_ARCHES`, default 80 and 90, and
 //!    PTX of the newest), embedded by `$OUT_DIR/embedded_kernels.rs`. No nvcc: a warning now, a typed error at use.
 //!    nvcc failing: the build fails with nvcc's message.
@@ -110,11 +110,12 @@ impl Torch {
 }
 
 fn build_bridge(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
-    let sources: Vec<PathBuf> = ["src/ops/cuda/stream.cpp", "src/ops/autograd/bridge.cpp"]
-        .iter()
-        .map(|p| root.join(p))
-        .filter(|p| p.is_file())
-        .collect();
+    let sources: Vec<PathBuf> =
+        ["src/ops/cuda/stream.cpp", "src/ops/autograd/bridge.cpp", "src/ops/autograd/flash.cpp"]
+            .iter()
+            .map(|p| root.join(p))
+            .filter(|p| p.is_file())
+            .collect();
     let mut build = cc::Build::new();
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     build

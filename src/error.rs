@@ -52,6 +52,16 @@ impl Error {
         }
     }
 
+    /// What libtorch said, on several lines.
+    pub fn of_torch(text: &str) -> Error {
+        let first = text.lines().next().unwrap_or("unknown error").trim().to_string();
+        if text.contains("out of memory") || text.contains("DefaultCPUAllocator: can't allocate") {
+            Error::OutOfMemory(first)
+        } else {
+            Error::Torch(first)
+        }
+    }
+
     /// Prefixes the message with the place (file, key, tensor) where it happened.
     pub fn at(self, place: impl std::fmt::Display) -> Error {
         match self {
@@ -67,13 +77,7 @@ impl Error {
 
 impl From<tch::TchError> for Error {
     fn from(e: tch::TchError) -> Error {
-        let text = e.to_string();
-        let first = text.lines().next().unwrap_or("unknown error").trim().to_string();
-        if text.contains("out of memory") || text.contains("DefaultCPUAllocator: can't allocate") {
-            Error::OutOfMemory(first)
-        } else {
-            Error::Torch(first)
-        }
+        Error::of_torch(&e.to_string())
     }
 }
 

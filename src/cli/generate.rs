@@ -65,14 +65,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     };
     let prompts = [Prompt { uid: PromptUid { step: 0, dataset_index: 0 }, ids }];
     let stop_ids = if args.ignore_eos { &[][..] } else { &model.config.eos_token_ids[..] };
-    let request = Request {
-        prompts: &prompts,
-        group_size: 1,
-        max_new_tokens: args.max_new_tokens,
-        stop_ids,
-        sampling: &sampling,
-        kv_cache: !args.no_kv_cache,
-    };
+    let request =
+        Request { kv_cache: !args.no_kv_cache, ..Request::new(&prompts, 1, args.max_new_tokens, stop_ids, &sampling) };
     let completions = generate(model, &request, &Pass::clean(RowKeys::new(Vec::new())), |_| {})?;
     let response = completions.first().map_or(&[][..], |c| c.sequence.response());
     let text = loaded.tokenizer.as_ref().map(|t| t.decode(response)).transpose()?;

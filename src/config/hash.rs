@@ -6,13 +6,16 @@ use sha2::{Digest, Sha256};
 use super::Config;
 
 /// Keys that change when or where something happens, never what is computed.
-const OPERATIONAL: [(&str, &[&str]); 2] = [
+const OPERATIONAL: [(&str, &[&str]); 3] = [
     ("", &["name", "seed"]),
+    ("rollout", &["max_sequences"]),
     (
         "trainer",
         &[
             "threads",
             "gradient_checkpointing",
+            "microbatch_tokens",
+            "offload_reference",
             "val_every",
             "val_before_train",
             "val_batch_size",

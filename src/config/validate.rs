@@ -7,7 +7,9 @@ use crate::Error;
 use crate::data::MAX_QUESTIONS;
 use crate::data::section::{DataKind, DataSection};
 use crate::inject::schedule;
-use crate::inject::section::{ActivationScale, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
+use crate::inject::section::{
+    ActivationScale, DwDraw, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection,
+};
 use crate::model::config::PRESETS;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
 use crate::rl::stop_rules;
@@ -71,7 +73,7 @@ pub(super) fn check(config: &Config) -> Checked {
     rollout(&config.rollout)?;
     algorithm(&config.algorithm)?;
     optimizer(&config.optimizer)?;
-    trainer(&config.trainer, &config.data)?;
+    trainer(&config.trainer, &config.data, &config.noisy_ops)?;
     stop_rules(config)?;
     noisy_ops(&config.noisy_ops)?;
     noise_injection(&config.noise_injection, config.trainer.epochs)?;
@@ -125,6 +127,13 @@ fn rollout(rollout: &RolloutSection) -> Checked {
     if group > 255 {
         return Err(Violation::new("rollout.group_size", format!("found {group}, expected at most 255")));
     }
+    let most = rollout.max_sequences.unwrap_or(group);
+    if most < group {
+        return Err(Violation::new(
+            "rollout.max_sequences",
+            format!("found {most}, expected at least rollout.group_size, which is {group}"),
+        ));
+    }
     real(
         "rollout.temperature",
         rollout.temperature,
@@ -169,10 +178,23 @@ fn optimizer(optimizer: &OptimizerSection) -> Checked {
     real("optimizer.grad_clip", clip, clip > 0.0, "a number above 0, or null")
 }
 
-fn trainer(trainer: &TrainerSection, data: &DataSection) -> Checked {
+fn trainer(trainer: &TrainerSection, data: &DataSection, noise: &NoisyOpsSection) -> Checked {
     at_least_1("trainer.epochs", trainer.epochs)?;
     at_least_1("trainer.minibatch_prompts", trainer.minibatch_prompts as u64)?;
     at_least_1("trainer.microbatch_sequences", trainer.microbatch_sequences as u64)?;
+    at_least_1("trainer.microbatch_tokens", trainer.microbatch_tokens.unwrap_or(1) as u64)?;
+    if let Some(tokens) = trainer.microbatch_tokens
+        && noise.enabled
+        && noise.dw_draw == DwDraw::PerMicrobatch
+    {
+        return Err(Violation::new(
+            "trainer.microbatch_tokens",
+            format!(
+                "found {tokens} beside noisy_ops.dw_draw: per_microbatch, which makes the split part of the experiment; \
+                 expected null, or dw_draw: per_update"
+            ),
+        ));
+    }
     at_least_1("trainer.val_batch_size", trainer.val_batch_size as u64)?;
     at_least_1("trainer.keep_last", trainer.keep_last as u64)?;
     in_range("trainer.threads", trainer.threads.unwrap_or(1) as u64, 1024)?;

@@ -1,16 +1,16 @@
 //! Causal grouped-query attention with rotary position embedding.
 //!
-//! Rows are flattened tokens without padding; a full pass pads them to [sequences, length] for the attention product
-//! alone. Padding is on the right, so the causal mask already hides it and no row is ever fully masked.
+//! Rows are flattened tokens without padding.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::config::Qwen2Config;
-use super::kv_cache::{DecodeStep, KvCache};
+use super::kv_cache::{DecodeStep, KvCache, Places};
 use super::linear::Linear;
 use super::linear_input::LinearInput;
 use super::pass::Pass;
 use crate::Result;
+use crate::ops::packed_attention::Packing;
 
 pub struct Attention {
     pub q_proj: Linear,
@@ -47,59 +47,10 @@ impl Rotary {
     }
 }
 
-/// Where the rows of several sequences lie in a right-padded [sequences, length] arrangement.
-pub struct PaddedLayout {
-    pub sequences: i64,
-    pub length: i64,
-    to_padded: Option<Tensor>, // i64 [sequences * length]: row of each place (padding repeats a row)
-    to_flat: Option<Tensor>,   // i64 [tokens]: place of each row
-}
-
-impl PaddedLayout {
-    pub fn new(lengths: &[usize], device: Device) -> Result<PaddedLayout> {
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        let mut layout =
-            PaddedLayout { sequences: lengths.len() as i64, length: longest as i64, to_padded: None, to_flat: None };
-        if lengths.iter().any(|&l| l != longest) {
-            let (mut to_padded, mut to_flat, mut row) = (Vec::new(), Vec::new(), 0i64);
-            for (s, &length) in lengths.iter().enumerate() {
-                for p in 0..longest {
-                    to_padded.push(row + (p.min(length - 1)) as i64);
-                }
-                to_flat.extend((0..length).map(|p| (s * longest + p) as i64));
-                row += length as i64;
-            }
-            layout.to_padded = Some(Tensor::f_from_slice(&to_padded)?.f_to_device(device)?);
-            layout.to_flat = Some(Tensor::f_from_slice(&to_flat)?.f_to_device(device)?);
-        }
-        Ok(layout)
-    }
-
-    /// [tokens, heads, dim] -> [sequences, heads, length, dim].
-    fn pad(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, heads, dim) = x.size3()?;
-        let x = match &self.to_padded {
-            Some(index) => x.f_index_select(0, index)?,
-            None => x.shallow_clone(),
-        };
-        Ok(x.f_view([self.sequences, self.length, heads, dim])?.f_transpose(1, 2)?)
-    }
-
-    /// [sequences, heads, length, dim] -> [tokens, heads * dim].
-    fn flatten(&self, x: &Tensor) -> Result<Tensor> {
-        let (_, heads, _, dim) = x.size4()?;
-        let x = x.f_transpose(1, 2)?.f_reshape([self.sequences * self.length, heads * dim])?;
-        match &self.to_flat {
-            Some(index) => Ok(x.f_index_select(0, index)?),
-            None => Ok(x),
-        }
-    }
-}
-
 /// How one pass attends.
 pub enum Attend<'a> {
-    /// Whole sequences; with a cache, their keys and values are stored in it.
-    Full { layout: &'a PaddedLayout, cache: Option<&'a KvCache> },
+    /// Whole sequences; their keys and values may be stored at places of a cache.
+    Full { packing: &'a Packing, store: Option<(&'a KvCache, &'a Places)> },
     /// One new token per sequence, against the cache.
     Decode { cache: &'a KvCache, step: &'a DecodeStep },
 }
@@ -123,36 +74,21 @@ impl Attention {
         let v = self.v_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
         let scale = 1.0 / (dim as f64).sqrt();
         let out = match attend {
-            Attend::Full { layout, cache } => {
-                let (q, k, v) = (layout.pad(&q)?, layout.pad(&k)?, layout.pad(&v)?);
-                if let Some(cache) = cache {
-                    cache.store_prefill(layer, &k, &v)?;
+            Attend::Full { packing, store } => {
+                if let Some((cache, places)) = store {
+                    cache.store(layer, &k, &v, places)?;
                 }
-                let (k, v) = (repeat_kv(&k, heads)?, repeat_kv(&v, heads)?);
-                layout.flatten(&sdpa(&q, &k, &v, None, true, scale)?)?
+                packing.attention(&q, &k, &v, scale)?
             }
             Attend::Decode { cache, step } => {
                 let (k, v) = cache.append(layer, &k, &v, step)?;
                 // The query heads of one kv head stand as rows of one small attention problem.
                 let q = q.f_view([-1, kv_heads, heads / kv_heads, dim])?;
-                sdpa(&q, &k, &v, Some(step.mask()), false, scale)?.f_reshape([-1, heads * dim])?
+                let out =
+                    Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(step.mask()), 0.0, false, scale, false)?;
+                out.f_reshape([-1, heads * dim])?
             }
         };
         self.o_proj.forward(&out, pass)
     }
-}
-
-fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, scale: f64) -> Result<Tensor> {
-    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, false)?)
-}
-
-/// [b, kv_heads, length, dim] -> [b, heads, length, dim], each kv head repeated for its query heads.
-fn repeat_kv(x: &Tensor, heads: i64) -> Result<Tensor> {
-    let (b, kv_heads, length, dim) = x.size4()?;
-    if kv_heads == heads {
-        return Ok(x.shallow_clone());
-    }
-    let repeat = heads / kv_heads;
-    let x = x.f_unsqueeze(2)?.f_expand([b, kv_heads, repeat, length, dim], false)?;
-    Ok(x.f_reshape([b, heads, length, dim])?)
 }

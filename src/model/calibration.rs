@@ -53,14 +53,8 @@ pub fn calibrate(model: &Qwen2, plan: &InjectionPlan, prompts: &[&[u32]]) -> Res
         // No key is drawn from: any uid will do.
         let uid = PromptUid { step: 0, dataset_index: 0 };
         let prompts: Vec<Prompt> = prompts.iter().map(|ids| Prompt { uid, ids: ids.to_vec() }).collect();
-        let request = Request {
-            prompts: &prompts,
-            group_size: 1,
-            max_new_tokens: 1,
-            stop_ids: &[],
-            sampling: &Sampling::greedy(),
-            kv_cache: false,
-        };
+        let sampling = Sampling::greedy();
+        let request = Request { kv_cache: false, ..Request::new(&prompts, 1, 1, &[], &sampling) };
         let pass = Pass { calibration: Some(&calibration), ..Pass::clean(RowKeys::new(Vec::new())) };
         generate(model, &request, &pass, |_| {})?;
     }

@@ -1,43 +1,72 @@
-//! Keys and values of the tokens so far, per layer: [sequences, kv_heads, capacity, head_dim].
+//! Keys and values of the tokens so far, per layer: [rows, kv_heads, capacity, head_dim]. A row is a sequence.
 //!
-//! Prompts are prefilled once and repeated for the members of their group (their noise keys are equal there).
+//! The memory stays where it is while sequences come and go; it grows by whole steps of positions, one layer at a time.
 
 use std::cell::RefCell;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::{Error, Result};
+use super::config::Qwen2Config;
+use crate::Result;
+
+/// Positions by which the capacity grows.
+const GROWTH: usize = 256;
 
 pub struct KvCache {
-    layers: RefCell<Vec<Option<(Tensor, Tensor)>>>,
-    prompt_of_row: Tensor, // i64 [sequences]
-    capacity: i64,
+    layers: RefCell<Vec<(Tensor, Tensor)>>,
+    capacity: usize,
 }
 
-/// The rows of one decode step: sequence r writes at positions[r] and sees everything up to it.
+/// Where the rows of a full pass go: token `source[i]` of the pass to position `positions[i]` of row `rows[i]`, so that one
+/// prompt can stand in the rows of its whole group (their noise keys are equal there).
+pub struct Places {
+    source: Tensor,    // i64 [stored tokens]
+    rows: Tensor,      // i64 [stored tokens]
+    positions: Tensor, // i64 [stored tokens]
+}
+
+impl Places {
+    /// `rows[i]` is to hold the pass's sequence `sequence_of_row[i]`; `lengths` are those of the pass's sequences.
+    pub fn new(rows: &[usize], sequence_of_row: &[usize], lengths: &[usize], device: Device) -> Result<Places> {
+        let mut starts = vec![0usize];
+        lengths.iter().for_each(|length| starts.push(starts[starts.len() - 1] + length));
+        let (mut source, mut row_of, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+        for (&row, &sequence) in rows.iter().zip(sequence_of_row) {
+            for position in 0..lengths[sequence] {
+                source.push((starts[sequence] + position) as i64);
+                row_of.push(row as i64);
+                positions.push(position as i64);
+            }
+        }
+        let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
+        Ok(Places { source: upload(&source)?, rows: upload(&row_of)?, positions: upload(&positions)? })
+    }
+}
+
+/// The rows of one decode step: row r writes at positions[r] and sees everything up to it.
 pub struct DecodeStep {
-    rows: Tensor,      // i64 [sequences]
-    positions: Tensor, // i64 [sequences]
-    mask: Tensor,      // bool [sequences, 1, 1, length]
-    length: i64,
+    rows: Tensor,      // i64 [rows]
+    positions: Tensor, // i64 [rows]
+    mask: Tensor,      // bool [rows, 1, 1, longest]
+    longest: i64,
 }
 
 impl DecodeStep {
-    pub fn new(positions: &[usize], device: Device) -> Result<DecodeStep> {
-        let length = positions.iter().max().map_or(0, |&p| p as i64 + 1);
-        let host: Vec<i64> = positions.iter().map(|&p| p as i64).collect();
-        let positions = Tensor::f_from_slice(&host)?.f_to_device(device)?;
-        let columns = Tensor::f_arange(length, (Kind::Int64, device))?;
+    /// `longest`: no row sees more positions.
+    pub fn new(positions: &Tensor, longest: usize) -> Result<DecodeStep> {
+        let (device, longest) = (positions.device(), longest as i64);
+        let rows = positions.size()[0];
+        let columns = Tensor::f_arange(longest, (Kind::Int64, device))?;
         let mask = columns.f_unsqueeze(0)?.f_le_tensor(&positions.f_unsqueeze(1)?)?;
         Ok(DecodeStep {
-            rows: Tensor::f_arange(host.len() as i64, (Kind::Int64, device))?,
-            mask: mask.f_view([host.len() as i64, 1, 1, length])?,
-            positions,
-            length,
+            rows: Tensor::f_arange(rows, (Kind::Int64, device))?,
+            mask: mask.f_view([rows, 1, 1, longest])?,
+            positions: positions.shallow_clone(),
+            longest,
         })
     }
 
-    /// i64 [sequences]: the position of each new token.
+    /// i64 [rows]: the position of each new token.
     pub fn positions(&self) -> &Tensor {
         &self.positions
     }
@@ -48,55 +77,60 @@ impl DecodeStep {
 }
 
 impl KvCache {
-    /// `prompt_of_row[r]`: which prefilled prompt row r continues. `capacity`: longest sequence.
-    pub fn new(layers: usize, prompt_of_row: &[usize], capacity: usize, device: Device) -> Result<KvCache> {
-        let index: Vec<i64> = prompt_of_row.iter().map(|&p| p as i64).collect();
-        Ok(KvCache {
-            layers: RefCell::new((0..layers).map(|_| None).collect()),
-            prompt_of_row: Tensor::f_from_slice(&index)?.f_to_device(device)?,
-            capacity: capacity as i64,
-        })
+    /// Empty, for sequences of at most `positions` tokens at first.
+    pub fn new(config: &Qwen2Config, rows: usize, positions: usize, kind: Kind, device: Device) -> Result<KvCache> {
+        let capacity = positions.next_multiple_of(GROWTH);
+        let (heads, dim) = (config.num_key_value_heads as i64, config.head_dim as i64);
+        // Zeros, since a place that is masked still enters a product, with weight 0.
+        let zeros = || Tensor::f_zeros([rows as i64, heads, capacity as i64, dim], (kind, device));
+        let layers = (0..config.num_hidden_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<Vec<_>>>()?;
+        Ok(KvCache { layers: RefCell::new(layers), capacity })
     }
 
-    pub fn rows(&self) -> usize {
-        self.prompt_of_row.size()[0] as usize
-    }
-
-    /// k, v [prompts, kv_heads, prompt length, head_dim] of the prefilled prompts.
-    pub fn store_prefill(&self, layer: usize, k: &Tensor, v: &Tensor) -> Result<()> {
-        let place = |x: &Tensor| -> Result<Tensor> {
-            let (_, heads, length, dim) = x.size4()?;
-            let rows = self.prompt_of_row.size()[0];
-            let full = Tensor::f_zeros([rows, heads, self.capacity, dim], (x.kind(), x.device()))?;
-            full.f_narrow(2, 0, length)?.f_copy_(&x.f_index_select(0, &self.prompt_of_row)?)?;
-            Ok(full)
+    /// Makes room for sequences of `positions` tokens.
+    pub fn reserve(&mut self, positions: usize) -> Result<()> {
+        if positions <= self.capacity {
+            return Ok(());
+        }
+        let capacity = positions.next_multiple_of(GROWTH);
+        let grown = |old: &Tensor| -> Result<Tensor> {
+            let (rows, heads, length, dim) = old.size4()?;
+            let new = Tensor::f_zeros([rows, heads, capacity as i64, dim], (old.kind(), old.device()))?;
+            new.f_narrow(2, 0, length)?.f_copy_(old)?;
+            Ok(new)
         };
-        self.layers.borrow_mut()[layer] = Some((place(k)?, place(v)?));
+        for (keys, values) in self.layers.get_mut() {
+            *keys = grown(keys)?;
+            *values = grown(values)?;
+        }
+        self.capacity = capacity;
         Ok(())
     }
 
-    /// Writes the new token's k, v [sequences, kv_heads, head_dim]; returns both up to the step's length.
+    /// Stores what a full pass computed: k, v [tokens, kv_heads, head_dim].
+    pub fn store(&self, layer: usize, k: &Tensor, v: &Tensor, places: &Places) -> Result<()> {
+        let (keys, values) = &mut self.layers.borrow_mut()[layer];
+        let index = [Some(&places.rows), None, Some(&places.positions)];
+        let _ = keys.f_index_put_(&index, &k.f_index_select(0, &places.source)?, false)?;
+        let _ = values.f_index_put_(&index, &v.f_index_select(0, &places.source)?, false)?;
+        Ok(())
+    }
+
+    /// Writes the new tokens' k, v [rows, kv_heads, head_dim]; returns both up to the step's longest.
     pub fn append(&self, layer: usize, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<(Tensor, Tensor)> {
-        let mut layers = self.layers.borrow_mut();
-        let Some((keys, values)) = &mut layers[layer] else {
-            return Err(Error::Runtime("decode before prefill".into()));
-        };
+        let (keys, values) = &mut self.layers.borrow_mut()[layer];
         let index = [Some(&step.rows), None, Some(&step.positions)];
         let _ = keys.f_index_put_(&index, k, false)?;
         let _ = values.f_index_put_(&index, v, false)?;
-        Ok((keys.f_narrow(2, 0, step.length)?, values.f_narrow(2, 0, step.length)?))
+        Ok((keys.f_narrow(2, 0, step.longest)?, values.f_narrow(2, 0, step.longest)?))
     }
 
-    /// Keeps `rows` (positions in the current order) and drops the others.
-    pub fn keep_rows(&mut self, rows: &[usize]) -> Result<()> {
-        let index: Vec<i64> = rows.iter().map(|&r| r as i64).collect();
-        let index = Tensor::f_from_slice(&index)?.f_to_device(self.prompt_of_row.device())?;
-        for slot in self.layers.borrow_mut().iter_mut() {
-            if let Some((k, v)) = slot.take() {
-                *slot = Some((k.f_index_select(0, &index)?, v.f_index_select(0, &index)?));
-            }
+    /// Keeps `rows`, in this order, and drops the others.
+    pub fn keep_rows(&mut self, rows: &Tensor) -> Result<()> {
+        for (keys, values) in self.layers.get_mut() {
+            *keys = keys.f_index_select(0, rows)?;
+            *values = values.f_index_select(0, rows)?;
         }
-        self.prompt_of_row = self.prompt_of_row.f_index_select(0, &index)?;
         Ok(())
     }
 }

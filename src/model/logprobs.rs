@@ -2,12 +2,13 @@
 
 use tch::{Device, Tensor};
 
-use super::attention::{Attend, PaddedLayout};
+use super::attention::Attend;
 use super::pass::{Pass, PromptUid, Sequence, ids_tensor};
 use super::qwen2::Qwen2;
 use super::recompute::Recompute;
 use crate::Result;
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::packed_attention::Packing;
 use crate::ops::token_logprobs::TokenLogprobs;
 
 /// f32 [response tokens of all sequences, in order]: log-probability of each response token given those before it,
@@ -20,7 +21,7 @@ pub fn response_logprobs(
 ) -> Result<TokenLogprobs> {
     let rows = Rows::new(model, sequences)?;
     let body = pass.with_keys(rows.keys.clone());
-    let attend = Attend::Full { layout: &rows.layout, cache: None };
+    let attend = Attend::Full { packing: &rows.packing, store: None };
     let residual = model.residual(&rows.ids, &rows.positions, &attend, &body)?;
     rows.read_out(model, &residual, temperature, pass)
 }
@@ -34,9 +35,9 @@ pub fn recomputed_logprobs<'a>(
 ) -> Result<(TokenLogprobs, Recompute<'a>)> {
     let rows = Rows::new(model, sequences)?;
     let body = pass.with_keys(rows.keys.clone());
-    let layout = PaddedLayout::new(&rows.lengths, model.device())?;
+    let packing = Packing::new(&rows.lengths, model.device())?;
     let (ids, positions) = (rows.ids.shallow_clone(), rows.positions.shallow_clone());
-    let recompute = Recompute::forward(model, ids, positions, layout, body)?;
+    let recompute = Recompute::forward(model, ids, positions, packing, body)?;
     Ok((rows.read_out(model, recompute.residual(), temperature, pass)?, recompute))
 }
 
@@ -46,7 +47,7 @@ struct Rows {
     positions: Tensor, // i64 [tokens]
     keys: RowKeys,     // [tokens]
     lengths: Vec<usize>,
-    layout: PaddedLayout,
+    packing: Packing,
     predicting: Vec<usize>,
     targets: Tensor, // i64 [predicting]
 }
@@ -73,7 +74,7 @@ impl Rows {
             ids: ids_tensor(&ids, device)?,
             positions: Tensor::f_from_slice(&positions)?.f_to_device(device)?,
             keys: RowKeys::new(keys),
-            layout: PaddedLayout::new(&lengths, device)?,
+            packing: Packing::new(&lengths, device)?,
             lengths,
             predicting,
             targets: ids_tensor(&targets, device)?,

@@ -3,7 +3,7 @@
 //! Matrices (`Matrix`) accumulate their gradient in a buffer of ours, written by the operations themselves, so that a
 //! bf16 `.grad` never accumulates. Vectors (norm weights, biases) are f32 leaves of torch's graph.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 
@@ -90,6 +90,12 @@ impl Parameter {
         {
             self.value.f_copy_(&master.detach())?;
         }
+        Ok(())
+    }
+
+    /// Moves the value of a frozen parameter.
+    pub fn move_to(&mut self, device: Device) -> Result<()> {
+        self.value = self.value.f_to_device(device)?;
         Ok(())
     }
 

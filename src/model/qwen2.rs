@@ -120,6 +120,16 @@ impl Qwen2 {
         self.device
     }
 
+    /// Moves a frozen model.
+    pub fn move_to(&mut self, device: Device) -> Result<()> {
+        if device != self.device {
+            self.parameters_mut().into_iter().try_for_each(|parameter| parameter.move_to(device))?;
+            self.device = device;
+            self.invalidate();
+        }
+        Ok(())
+    }
+
     /// The dtype of the products' operands.
     pub fn kind(&self) -> Kind {
         self.kind

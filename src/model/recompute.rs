@@ -8,18 +8,19 @@ use std::cell::RefCell;
 
 use tch::Tensor;
 
-use super::attention::{Attend, PaddedLayout, Rotary};
+use super::attention::{Attend, Rotary};
 use super::pass::{BlockObserver, Pass};
 use super::qwen2::Qwen2;
 use crate::Result;
 use crate::ops::autograd::run_backward;
+use crate::ops::packed_attention::Packing;
 
 /// A pass whose blocks are still to be gone back through.
 pub struct Recompute<'a> {
     model: &'a Qwen2,
     ids: Tensor,       // i64 [tokens]
     positions: Tensor, // i64 [tokens]
-    layout: PaddedLayout,
+    packing: Packing,
     pass: Pass<'a>,
     inputs: Vec<Tensor>, // of each block, [tokens, hidden]
     residual: Tensor,    // [tokens, hidden]; a leaf, to which the loss gives its gradient
@@ -42,18 +43,18 @@ impl<'a> Recompute<'a> {
         model: &'a Qwen2,
         ids: Tensor,
         positions: Tensor,
-        layout: PaddedLayout,
+        packing: Packing,
         pass: Pass<'a>,
     ) -> Result<Recompute<'a>> {
         let kept = Inputs::default();
         let residual = {
             let _no_grad = tch::no_grad_guard();
-            let attend = Attend::Full { layout: &layout, cache: None };
+            let attend = Attend::Full { packing: &packing, store: None };
             let first = Pass { differentiable: false, observer: Some(&kept), ..pass.with_keys(pass.keys.clone()) };
             model.residual(&ids, &positions, &attend, &first)?
         };
         let residual = residual.f_detach()?.f_set_requires_grad(true)?;
-        Ok(Recompute { model, ids, positions, layout, pass, inputs: kept.0.into_inner(), residual })
+        Ok(Recompute { model, ids, positions, packing, pass, inputs: kept.0.into_inner(), residual })
     }
 
     /// The residual stream after the last block; the loss is to be made from it.
@@ -66,7 +67,7 @@ impl<'a> Recompute<'a> {
         run_backward(loss)?;
         let mut gradient = self.residual.f_grad()?;
         let pass = Pass { recomputing: true, ..self.pass.with_keys(self.pass.keys.clone()) };
-        let attend = Attend::Full { layout: &self.layout, cache: None };
+        let attend = Attend::Full { packing: &self.packing, store: None };
         let rotary = Rotary::new(&self.model.config, &self.positions)?;
         while let Some(x) = self.inputs.pop() {
             let x = x.f_detach()?.f_set_requires_grad(true)?;

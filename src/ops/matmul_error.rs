@@ -42,6 +42,12 @@ impl RowKeys {
         RowKeys { len, first: Some(first), host: Arc::default(), device: Arc::default() }
     }
 
+    /// Of i64 [rows], the keys' bits on the device that is to read them: the host reads them only if it is asked for them.
+    pub fn of_tensor(keys: &Tensor) -> RowKeys {
+        let device = Arc::new(Mutex::new(Some(keys.shallow_clone())));
+        RowKeys { len: keys.size()[0] as usize, first: None, host: Arc::default(), device }
+    }
+
     pub fn len(&self) -> usize {
         self.len
     }
@@ -51,7 +57,14 @@ impl RowKeys {
     }
 
     pub fn host(&self) -> &[u64] {
-        self.host.get_or_init(|| (0..self.len as u64).map(|row| self.first.unwrap_or(0) + row).collect())
+        self.host.get_or_init(|| match (self.first, self.if_on_device()) {
+            (None, Some(tensor)) => {
+                let bits =
+                    Vec::<i64>::try_from(tensor).expect("a vector of i64 can be read, unless its device is lost");
+                bits.into_iter().map(|bits| bits as u64).collect()
+            }
+            (first, _) => (0..self.len as u64).map(|row| first.unwrap_or(0) + row).collect(),
+        })
     }
 
     /// The first key of `consecutive` ones.

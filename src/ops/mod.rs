@@ -7,6 +7,8 @@ pub mod embedding;
 pub mod fake_quant;
 pub mod matmul_error;
 pub mod noisy_linear;
+pub mod packed_attention;
 pub mod perturb;
+pub mod sampling;
 pub mod straight_through;
 pub mod token_logprobs;

@@ -11,7 +11,7 @@ use super::section::RewardMode;
 use crate::Result;
 use crate::inject::injector::Injector;
 use crate::inject::section::InjectPhase;
-use crate::model::generate::{Completion, Prompt, Request, Sampling, generate};
+use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling, generate};
 use crate::model::pass::{Pass, PromptUid};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
@@ -112,30 +112,22 @@ pub struct Evaluation<'a> {
 
 impl Evaluation<'_> {
     /// One answer per question, in order. `progress` counts questions.
-    pub fn run(&self, pass: &Pass, mut progress: impl FnMut(usize)) -> Result<Vec<Answer>> {
-        let mut answers = Vec::with_capacity(self.questions.len());
-        for batch in self.questions.chunks(self.batch_size.max(1)) {
-            let prompts: Vec<Prompt> = batch
-                .iter()
-                .map(|q| Prompt {
-                    uid: PromptUid { step: VALIDATION_STEP, dataset_index: q.index },
-                    ids: q.prompt_ids.clone(),
-                })
-                .collect();
-            let request = Request {
-                prompts: &prompts,
-                group_size: 1,
-                max_new_tokens: self.max_new_tokens,
-                stop_ids: &self.model.config.eos_token_ids,
-                sampling: &Sampling::greedy(),
-                kv_cache: true,
-            };
-            let completions = generate(self.model, &request, pass, &mut progress)?;
-            for (question, completion) in batch.iter().zip(&completions) {
-                answers.push(self.answer(question, completion)?);
-            }
-        }
-        Ok(answers)
+    pub fn run(&self, pass: &Pass, progress: impl FnMut(usize)) -> Result<Vec<Answer>> {
+        let prompts: Vec<Prompt> = self
+            .questions
+            .iter()
+            .map(|q| Prompt {
+                uid: PromptUid { step: VALIDATION_STEP, dataset_index: q.index },
+                ids: q.prompt_ids.clone(),
+            })
+            .collect();
+        let (sampling, stop_ids) = (Sampling::greedy(), &self.model.config.eos_token_ids);
+        let request = Request {
+            batching: Batching { max_sequences: Some(self.batch_size), check_every: None },
+            ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
+        };
+        let completions = generate(self.model, &request, pass, progress)?;
+        self.questions.iter().zip(&completions).map(|(question, c)| self.answer(question, c)).collect()
     }
 
     fn answer(&self, question: &PreparedQuestion, completion: &Completion) -> Result<Answer> {

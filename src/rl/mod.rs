@@ -4,6 +4,7 @@ pub mod advantage;
 pub mod evaluation;
 pub mod loss;
 pub mod metrics;
+pub mod microbatch;
 pub mod optimizer;
 pub mod recipe;
 pub mod reward;

@@ -3,14 +3,14 @@
 use super::advantage::{grpo_advantages, zero_std_groups};
 use super::recipe::{PreparedQuestion, Recipe, keyed_shuffle};
 use super::reward::RewardScore;
-use crate::Result;
 use crate::inject::injector::Injector;
-use crate::model::generate::{Completion, Prompt, Request, Sampling, generate};
+use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling, generate};
 use crate::model::pass::{Pass, PromptUid};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
+use crate::{Error, Result};
 
 /// Group members stand together, prompts in order.
 pub struct Rollout {
@@ -22,7 +22,8 @@ pub struct Rollout {
     pub zero_std_groups: usize,
 }
 
-/// Samples `group_size` completions of every question with the model as it stands (AQN applied or not).
+/// Samples `group_size` completions of every question with the model as it stands (AQN applied or not). Memory that runs out
+/// halves the sequences decoded at once (`halvings`, so far in the run).
 pub fn rollout(
     model: &Qwen2,
     injector: &Injector,
@@ -30,7 +31,9 @@ pub fn rollout(
     recipe: &Recipe,
     questions: &[&PreparedQuestion],
     step: u32,
-    progress: impl FnMut(usize),
+    halvings: &mut u32,
+    warn: &dyn Fn(&str),
+    mut progress: impl FnMut(usize),
 ) -> Result<Rollout> {
     let prompts: Vec<Prompt> = questions
         .iter()
@@ -44,18 +47,26 @@ pub fn rollout(
         seed: recipe.seed,
         phase: Phase::Rollout,
     };
-    let request = Request {
-        prompts: &prompts,
-        group_size: recipe.rollout.group_size,
-        max_new_tokens: recipe.data.max_response_tokens,
-        stop_ids: &model.config.eos_token_ids,
-        sampling: &sampling,
-        kv_cache: true,
-    };
+    let (group, most_tokens) = (recipe.rollout.group_size, recipe.data.max_response_tokens);
+    let all = prompts.len() * group;
+    let most = recipe.rollout.max_sequences.unwrap_or(all).min(all);
     let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, RowKeys::new(Vec::new())) };
-    let completions = generate(model, &request, &pass, progress)?;
+    let completions = loop {
+        // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
+        let at_once = (most >> *halvings).max(group);
+        let request = Request {
+            batching: Batching { max_sequences: Some(at_once), check_every: None },
+            ..Request::new(&prompts, group, most_tokens, &model.config.eos_token_ids, &sampling)
+        };
+        match generate(model, &request, &pass, &mut progress) {
+            Err(Error::OutOfMemory(message)) if at_once > group => {
+                *halvings += 1;
+                warn(&format!("out of memory in the rollout: {message}; fewer than {at_once} sequences at a time"));
+            }
+            result => break result?,
+        }
+    };
     let texts = completions.iter().map(|c| tokenizer.decode(c.sequence.response())).collect::<Result<Vec<String>>>()?;
-    let group = recipe.rollout.group_size;
     let scores: Vec<RewardScore> =
         texts.iter().enumerate().map(|(i, text)| RewardScore::new(text, &questions[i / group].ground_truth)).collect();
     let mut rewards: Vec<f64> = scores.iter().map(|s| s.get(recipe.reward.mode)).collect();

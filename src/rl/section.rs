@@ -16,11 +16,13 @@ pub struct RolloutSection {
     pub top_p: f64,
     /// 0 = no limit.
     pub top_k: usize,
+    /// Most sequences decoded at once, whole groups; others follow as they end. null: all of a step.
+    pub max_sequences: Option<usize>,
 }
 
 impl Default for RolloutSection {
     fn default() -> RolloutSection {
-        RolloutSection { group_size: 5, temperature: 1.0, top_p: 1.0, top_k: 0 }
+        RolloutSection { group_size: 5, temperature: 1.0, top_p: 1.0, top_k: 0, max_sequences: None }
     }
 }
 
@@ -120,6 +122,8 @@ pub struct TrainerSection {
     pub minibatch_prompts: usize,
     /// Sequences per forward and backward pass.
     pub microbatch_sequences: usize,
+    /// Instead of `microbatch_sequences`: as many sequences as have this many tokens together, prompts included. null: not.
+    pub microbatch_tokens: Option<usize>,
     /// Training steps between validations; 0 = only before the first and after the last step.
     pub val_every: u64,
     /// Training steps between checkpoints; 0 = only the last.
@@ -140,6 +144,8 @@ pub struct TrainerSection {
     /// Compute blocks again in backward instead of keeping what is inside them: less memory, a third more time, the same
     /// gradients to the bit. null: on a GPU.
     pub gradient_checkpointing: Option<bool>,
+    /// Keep the reference policy's weights in host memory but for the moment in which it is asked.
+    pub offload_reference: bool,
     /// CPU threads; null = all cores. CPU results are bitwise the same only for the same count.
     pub threads: Option<usize>,
 }
@@ -150,6 +156,7 @@ impl Default for TrainerSection {
             epochs: 2,
             minibatch_prompts: 32,
             microbatch_sequences: 4,
+            microbatch_tokens: None,
             val_every: 20,
             save_every: 58,
             val_before_train: true,
@@ -160,6 +167,7 @@ impl Default for TrainerSection {
             stop_rules: Vec::new(),
             samples_per_step: 4,
             gradient_checkpointing: None,
+            offload_reference: false,
             threads: None,
         }
     }

@@ -9,6 +9,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
+use super::microbatch::Halvings;
 use super::optimizer::{AdamW, AdamWCounters};
 use crate::inject::plan::InjectionPlan;
 use crate::model::calibration;
@@ -28,6 +29,8 @@ pub struct TrainerState {
     pub step: u64,
     pub update_number: u32,
     pub optimizer: AdamWCounters,
+    #[serde(default)]
+    pub halvings: Halvings,
 }
 
 /// Writes the model directory into `dir` and the trainer's state into `trainer_dir`.

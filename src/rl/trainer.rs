@@ -7,6 +7,7 @@ use tch::Device;
 
 use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
+use super::microbatch::Halvings;
 use super::optimizer::AdamW;
 use super::recipe::{PreparedQuestion, Recipe, epoch_order};
 use super::rollout::rollout;
@@ -83,9 +84,10 @@ pub fn train_with(
 ) -> Result<Outcome> {
     let (mut model, _) = model_of_section(&recipe.model, recipe.seed, launch.device)?;
     check_lengths(recipe, workload, &model.config)?;
+    let home = if recipe.trainer.offload_reference { Device::Cpu } else { launch.device };
     let reference = match recipe.algorithm.kl_coef {
         0.0 => None,
-        _ => Some(model_of_section(&recipe.model, recipe.seed, launch.device)?.0),
+        _ => Some(model_of_section(&recipe.model, recipe.seed, home)?.0),
     };
     for parameter in model.parameters_mut() {
         parameter.make_trainable()?;
@@ -168,7 +170,15 @@ impl<'a> Run<'a> {
             Start::Fresh => {
                 let prompts = recipe.calibration_prompts(&workload.train);
                 injector.set_activation_amax(calibration::calibrate(&model, injector.plan(), &prompts)?);
-                (TrainerState { step: 0, update_number: 0, optimizer: optimizer.counters() }, None)
+                (
+                    TrainerState {
+                        step: 0,
+                        update_number: 0,
+                        optimizer: optimizer.counters(),
+                        halvings: Halvings::default(),
+                    },
+                    None,
+                )
             }
             Start::Resume { step, checkpoint } => {
                 injector.set_activation_amax(state::restore_activation_amax(checkpoint, injector.plan())?);
@@ -287,6 +297,8 @@ impl<'a> Run<'a> {
             self.recipe,
             &questions,
             key_step,
+            &mut self.state.halvings.rollout,
+            &|line| console.warn(line),
             |done| bar.inc(done as u64),
         )?;
         if !self.injector.aqn_applies(crate::numerics::noise_key::Phase::Update) {
@@ -297,14 +309,16 @@ impl<'a> Run<'a> {
         bar.set_message("update");
         let summary = Updater {
             model: &mut self.model,
-            reference: self.reference.as_ref(),
+            reference: self.reference.as_mut(),
             injector: &self.injector,
             optimizer: &mut self.optimizer,
             recipe: self.recipe,
             update_number: &mut self.state.update_number,
+            halvings: &mut self.state.halvings.microbatch,
             step: key_step,
             sigma,
             progress: &mut |done| bar.inc(done),
+            warn: &|line| console.warn(line),
         }
         .run(&experience)?;
         aqn::clear(&self.model);

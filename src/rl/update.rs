@@ -1,11 +1,15 @@
-//! The policy update of one step: log-probs of the old and the reference policy, then mini-batches of micro-batches.
+//! The policy update of one step: log-probs of the old and the reference policy, then an optimizer update for each
+//! mini-batch, whose micro-batches are what is computed at once.
 //!
 //! Old log-probs run through the same function with the same micro-batch composition as the update, so that with
 //! `draw: shared` the first mini-batch's ratio is exactly 1.
 
-use tch::{Kind, Tensor};
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
 
 use super::loss::{LossMetrics, LossNormalizer, PolicyLossConfig, PolicyLossInputs, policy_loss};
+use super::microbatch::with_halving;
 use super::optimizer::{AdamW, ParamRef, StepOutcome};
 use super::recipe::Recipe;
 use super::rollout::Rollout;
@@ -38,129 +42,178 @@ pub struct UpdateSummary {
 
 pub struct Updater<'a> {
     pub model: &'a mut Qwen2,
-    pub reference: Option<&'a Qwen2>,
+    pub reference: Option<&'a mut Qwen2>,
     pub injector: &'a Injector,
     pub optimizer: &'a mut AdamW,
     pub recipe: &'a Recipe,
     /// Optimizer updates begun so far in the run, skipped ones included: part of dW's noise key.
     pub update_number: &'a mut u32,
+    /// Of the micro-batch, so far in the run.
+    pub halvings: &'a mut u32,
     pub step: u32,
     pub sigma: f64,
     pub progress: &'a mut dyn FnMut(u64), // sequences done
+    pub warn: &'a dyn Fn(&str),
 }
 
-/// Constants of a micro-batch: its sequences and the log-probs that do not change during the update.
-struct MicroBatch<'a> {
+/// The sequences of one optimizer update, and what does not change during the step.
+struct MiniBatch<'a> {
     sequences: Vec<&'a Sequence>,
-    advantages: Vec<f32>, // [sequences]
-    lengths: Vec<usize>,  // response tokens of each sequence
-    old: Tensor,          // f32 [response tokens]
-    reference: Option<Tensor>,
+    advantages: Vec<f32>,      // [sequences]
+    old: Tensor,               // f32 [response tokens]
+    reference: Option<Tensor>, // f32 [response tokens]
+}
+
+impl MiniBatch<'_> {
+    /// Response tokens of each sequence of a micro-batch.
+    fn lengths(&self, part: &Range<usize>) -> Vec<usize> {
+        self.sequences[part.clone()].iter().map(|s| s.response().len()).collect()
+    }
+
+    /// The part of `values` [response tokens] that is a micro-batch's.
+    fn narrow(&self, values: &Tensor, part: &Range<usize>) -> Result<Tensor> {
+        let count = |part: Range<usize>| self.lengths(&part).iter().sum::<usize>() as i64;
+        Ok(values.f_narrow(0, count(0..part.start), count(part.clone()))?)
+    }
+}
+
+/// Tokens of each sequence.
+fn lengths(sequences: &[&Sequence]) -> Vec<usize> {
+    sequences.iter().map(|s| s.ids.len()).collect()
+}
+
+/// What the micro-batches of an optimizer update add up to.
+#[derive(Default)]
+struct Accumulated {
+    metrics: LossMetrics,
+    entropy_sum: f64,
 }
 
 impl Updater<'_> {
     pub fn run(&mut self, rollout: &Rollout) -> Result<UpdateSummary> {
         let mut summary = UpdateSummary::default();
         let started = std::time::Instant::now();
+        let device = self.model.device();
+        self.move_reference(device)?;
         let minibatches = self.prepare(rollout, &mut summary)?;
+        if self.recipe.trainer.offload_reference {
+            self.move_reference(Device::Cpu)?;
+        }
         summary.seconds_logprobs = started.elapsed().as_secs_f64();
         let started = std::time::Instant::now();
-        let (mut entropy_sum, mut tokens) = (0.0, 0.0);
+        let mut total = Accumulated::default();
         for minibatch in &minibatches {
-            let metrics = self.optimizer_update(minibatch, &mut entropy_sum, &mut tokens, &mut summary)?;
+            let Accumulated { metrics, entropy_sum } = self.optimizer_update(minibatch, &mut summary)?;
             if summary.updates == 1 {
                 summary.first_ratio_max = metrics.ratio_max;
             }
-            summary.loss.merge(&metrics);
+            total.metrics.merge(&metrics);
+            total.entropy_sum += entropy_sum;
         }
         let updates = summary.updates as f64;
+        summary.entropy = total.entropy_sum / f64::max(total.metrics.tokens, 1.0);
+        summary.loss = total.metrics;
         summary.loss.policy_loss /= updates;
         summary.loss.kl_loss /= updates;
         summary.grad_norm /= (summary.updates - summary.skipped).max(1) as f64;
-        summary.entropy = entropy_sum / f64::max(tokens, 1.0);
         summary.seconds_update = started.elapsed().as_secs_f64();
         Ok(summary)
     }
 
-    /// Splits the rollout and computes old and reference log-probs of every micro-batch.
-    fn prepare<'r>(&mut self, rollout: &'r Rollout, summary: &mut UpdateSummary) -> Result<Vec<Vec<MicroBatch<'r>>>> {
-        let trainer = &self.recipe.trainer;
-        let per_minibatch = trainer.minibatch_prompts * self.recipe.rollout.group_size;
+    fn move_reference(&mut self, device: Device) -> Result<()> {
+        self.reference.as_mut().map_or(Ok(()), |reference| reference.move_to(device))
+    }
+
+    /// Splits the rollout and computes old and reference log-probs.
+    fn prepare<'r>(&mut self, rollout: &'r Rollout, summary: &mut UpdateSummary) -> Result<Vec<MiniBatch<'r>>> {
+        let per_minibatch = self.recipe.trainer.minibatch_prompts * self.recipe.rollout.group_size;
         let (mut gap, mut tokens) = (0.0, 0usize);
         let mut minibatches = Vec::new();
         let indices: Vec<usize> = (0..rollout.completions.len()).collect();
         for minibatch in indices.chunks(per_minibatch) {
-            let mut microbatches = Vec::new();
-            for microbatch in minibatch.chunks(trainer.microbatch_sequences) {
-                let sequences: Vec<&Sequence> = microbatch.iter().map(|&i| &rollout.completions[i].sequence).collect();
-                let old = self.frozen_logprobs(self.model, Phase::OldLogprobs, &sequences)?;
-                let reference = match self.reference {
-                    Some(reference) => Some(self.frozen_logprobs(reference, Phase::RefLogprobs, &sequences)?),
-                    None => None,
-                };
-                let sampled: Vec<f32> =
-                    microbatch.iter().flat_map(|&i| rollout.completions[i].logprobs.iter().copied()).collect();
-                let sampled = Tensor::f_from_slice(&sampled)?.f_to_device(old.device())?;
-                gap += f64::try_from(old.f_sub(&sampled)?.f_abs()?.f_sum(Kind::Double)?)?;
-                tokens += old.numel();
-                microbatches.push(MicroBatch {
-                    advantages: microbatch.iter().map(|&i| rollout.advantages[i] as f32).collect(),
-                    lengths: sequences.iter().map(|s| s.response().len()).collect(),
-                    sequences,
-                    old,
-                    reference,
-                });
-            }
-            minibatches.push(microbatches);
+            let sequences: Vec<&Sequence> = minibatch.iter().map(|&i| &rollout.completions[i].sequence).collect();
+            let (old, reference) = self.in_microbatches(&lengths(&sequences), |updater, parts| {
+                let old = updater.frozen_logprobs(updater.model, Phase::OldLogprobs, &sequences, parts)?;
+                let reference = updater.reference.as_deref();
+                let reference = reference.map(|m| updater.frozen_logprobs(m, Phase::RefLogprobs, &sequences, parts));
+                Ok((old, reference.transpose()?))
+            })?;
+            let sampled: Vec<f32> =
+                minibatch.iter().flat_map(|&i| rollout.completions[i].logprobs.iter().copied()).collect();
+            let sampled = Tensor::f_from_slice(&sampled)?.f_to_device(old.device())?;
+            gap += f64::try_from(old.f_sub(&sampled)?.f_abs()?.f_sum(Kind::Double)?)?;
+            tokens += old.numel();
+            let advantages = minibatch.iter().map(|&i| rollout.advantages[i] as f32).collect();
+            minibatches.push(MiniBatch { sequences, advantages, old, reference });
         }
         summary.logprob_gap_abs = gap / tokens.max(1) as f64;
         Ok(minibatches)
     }
 
-    fn frozen_logprobs(&self, model: &Qwen2, phase: Phase, sequences: &[&Sequence]) -> Result<Tensor> {
-        let _no_grad = tch::no_grad_guard();
-        let pass = Pass::injected(self.injector, phase, RowKeys::new(Vec::new()));
-        Ok(response_logprobs(model, sequences, self.recipe.rollout.temperature, &pass)?.logprobs)
+    /// As [`with_halving`], under this run's configuration.
+    fn in_microbatches<T>(
+        &mut self,
+        lengths: &[usize],
+        mut work: impl FnMut(&mut Self, &[Range<usize>]) -> Result<T>,
+    ) -> Result<T> {
+        let (trainer, dw_draw, warn) = (&self.recipe.trainer, self.injector.plan().dw_draw, self.warn);
+        let mut halvings = *self.halvings;
+        let result = with_halving(trainer, dw_draw, &mut halvings, lengths, warn, |parts| work(self, parts));
+        *self.halvings = halvings;
+        result
     }
 
-    fn optimizer_update(
-        &mut self,
-        microbatches: &[MicroBatch],
-        entropy_sum: &mut f64,
-        tokens: &mut f64,
-        summary: &mut UpdateSummary,
-    ) -> Result<LossMetrics> {
-        let count = |f: fn(&MicroBatch) -> usize| microbatches.iter().map(f).sum::<usize>() as u64;
+    /// f32 [response tokens], micro-batch by micro-batch.
+    fn frozen_logprobs(
+        &self,
+        model: &Qwen2,
+        phase: Phase,
+        sequences: &[&Sequence],
+        parts: &[Range<usize>],
+    ) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let pass = Pass::injected(self.injector, phase, RowKeys::new(Vec::new()));
+        let temperature = self.recipe.rollout.temperature;
+        let logprobs =
+            |part: &Range<usize>| Ok(response_logprobs(model, &sequences[part.clone()], temperature, &pass)?.logprobs);
+        Ok(Tensor::f_cat(&parts.iter().map(logprobs).collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    fn optimizer_update(&mut self, minibatch: &MiniBatch, summary: &mut UpdateSummary) -> Result<Accumulated> {
+        let all = 0..minibatch.sequences.len();
         let normalizer = LossNormalizer {
-            tokens: count(|m| m.lengths.iter().sum()),
-            sequences: count(|m| m.lengths.len()),
+            tokens: minibatch.lengths(&all).iter().sum::<usize>() as u64,
+            sequences: minibatch.sequences.len() as u64,
             max_response_tokens: self.recipe.data.max_response_tokens as u64,
         };
-        for parameter in self.model.parameters_mut() {
-            parameter.zero_gradient()?;
-        }
-        // A skipped update has left the head's own gradient behind.
-        drop(self.model.head.take_own_gradient());
-        let mut metrics = LossMetrics::default();
-        for (number, microbatch) in microbatches.iter().enumerate() {
-            let draw = *self.update_number * microbatches.len() as u32 + number as u32;
-            let (loss, entropy) = self.backward(microbatch, normalizer, draw)?;
-            metrics.merge(&loss);
-            *entropy_sum += entropy;
-            *tokens += loss.tokens;
-            (self.progress)(microbatch.sequences.len() as u64);
-        }
-        let skipped = self.step_optimizer(&metrics, summary)?;
+        let accumulated = self.in_microbatches(&lengths(&minibatch.sequences), |updater, parts| {
+            for parameter in updater.model.parameters_mut() {
+                parameter.zero_gradient()?;
+            }
+            // A skipped update or an attempt that failed has left the head's own gradient behind.
+            drop(updater.model.head.take_own_gradient());
+            let mut accumulated = Accumulated::default();
+            for (number, part) in parts.iter().enumerate() {
+                let draw = *updater.update_number * parts.len() as u32 + number as u32;
+                let (metrics, entropy) = updater.backward(minibatch, part, normalizer, draw)?;
+                accumulated.metrics.merge(&metrics);
+                accumulated.entropy_sum += entropy;
+                (updater.progress)(part.len() as u64);
+            }
+            Ok(accumulated)
+        })?;
+        let skipped = self.step_optimizer(&accumulated.metrics, summary)?;
         summary.updates += 1;
         summary.skipped += u64::from(skipped);
         *self.update_number += 1;
-        Ok(metrics)
+        Ok(accumulated)
     }
 
     /// Forward and backward of one micro-batch; returns its loss metrics and the sum of its entropies.
     fn backward(
         &mut self,
-        microbatch: &MicroBatch,
+        minibatch: &MiniBatch,
+        part: &Range<usize>,
         normalizer: LossNormalizer,
         draw: u32,
     ) -> Result<(LossMetrics, f64)> {
@@ -171,21 +224,25 @@ impl Updater<'_> {
         };
         let temperature = self.recipe.rollout.temperature;
         let on_gpu = self.model.device().is_cuda();
+        let sequences = &minibatch.sequences[part.clone()];
         let (TokenLogprobs { logprobs, entropy }, recompute) =
             if self.recipe.trainer.gradient_checkpointing.unwrap_or(on_gpu) {
-                let (forward, recompute) = recomputed_logprobs(self.model, &microbatch.sequences, temperature, &pass)?;
+                let (forward, recompute) = recomputed_logprobs(self.model, sequences, temperature, &pass)?;
                 (forward, Some(recompute))
             } else {
-                (response_logprobs(self.model, &microbatch.sequences, temperature, &pass)?, None)
+                (response_logprobs(self.model, sequences, temperature, &pass)?, None)
             };
-        let advantages = Tensor::f_from_slice(&microbatch.advantages)?.f_to_device(self.model.device())?;
+        let advantages = &minibatch.advantages[part.clone()];
+        let advantages = Tensor::f_from_slice(advantages)?.f_to_device(self.model.device())?;
+        let old = minibatch.narrow(&minibatch.old, part)?;
+        let reference = minibatch.reference.as_ref().map(|r| minibatch.narrow(r, part)).transpose()?;
         let inputs = PolicyLossInputs {
             new_logprobs: &logprobs,
-            old_logprobs: &microbatch.old,
-            ref_logprobs: microbatch.reference.as_ref(),
+            old_logprobs: &old,
+            ref_logprobs: reference.as_ref(),
             advantages: &advantages,
             mask: None,
-            sequence_lengths: &microbatch.lengths,
+            sequence_lengths: &minibatch.lengths(part),
         };
         let output = policy_loss(&inputs, &PolicyLossConfig::from(&self.recipe.algorithm), normalizer)?;
         if output.metrics.is_finite() {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tch::Tensor;
 
-use crate::model::attention::{Attend, PaddedLayout, Rotary};
+use crate::model::attention::{Attend, Rotary};
 use crate::model::pass::{Pass, ids_tensor};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
@@ -12,6 +12,7 @@ use crate::numerics::generator::uniform_f32;
 use crate::numerics::noise_key::{Phase, Purpose, VALIDATION_STEP, row_key, stream, token_key};
 use crate::ops::cpu::normals::normals_into;
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::packed_attention::Packing;
 use crate::{Error, Result, bail_input, input_error};
 
 /// What is scanned without `--prompts`.
@@ -104,7 +105,7 @@ pub struct Laid {
     pub ids: Tensor,       // i64 [tokens]
     pub positions: Tensor, // i64 [tokens]
     number: u32,
-    layout: PaddedLayout,
+    packing: Packing,
     pub rotary: Rotary,
 }
 
@@ -118,7 +119,7 @@ impl Laid {
             rotary: Rotary::new(&model.config, &positions)?,
             positions,
             number: number as u32,
-            layout: PaddedLayout::new(&[ids.len()], model.device())?,
+            packing: Packing::new(&[ids.len()], model.device())?,
         })
     }
 
@@ -135,7 +136,7 @@ impl Laid {
     }
 
     pub fn attend(&self) -> Attend<'_> {
-        Attend::Full { layout: &self.layout, cache: None }
+        Attend::Full { packing: &self.packing, store: None }
     }
 
     /// The residual stream [tokens, hidden] after the last block; `pass.keys` is ignored.

@@ -6,6 +6,7 @@ mod activations;
 mod activations_model;
 mod aqn;
 mod backward;
+mod batching;
 mod bridge;
 mod draws;
 mod fake_quant_tensor;

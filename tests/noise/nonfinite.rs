@@ -44,9 +44,11 @@ impl Bench {
             optimizer: &mut self.optimizer,
             recipe: &self.recipe,
             update_number: &mut self.update_number,
+            halvings: &mut 0,
             step: 1,
             sigma: 0.0,
             progress: &mut |_| {},
+            warn: &|line| panic!("{line}"),
         }
         .run(experience)
         .unwrap()
@@ -58,7 +60,8 @@ impl Bench {
         let questions = questions(&self.recipe, &tokenizer, Split::Train, 4);
         let injector = self.recipe.injector(&self.model.config).unwrap();
         let all: Vec<_> = questions.iter().collect();
-        let mut experience = rollout(&self.model, &injector, &tokenizer, &self.recipe, &all, 1, |_| {}).unwrap();
+        let mut experience =
+            rollout(&self.model, &injector, &tokenizer, &self.recipe, &all, 1, &mut 0, &|_| {}, |_| {}).unwrap();
         let signs = experience.advantages.iter_mut().enumerate();
         signs.for_each(|(i, advantage)| *advantage = if i % 2 == 0 { 1.0 } else { -1.0 });
         experience

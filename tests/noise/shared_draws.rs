@@ -32,7 +32,7 @@ fn step(recipe: &Recipe) -> (Rollout, UpdateSummary, f32) {
     let mut model = trainable(model(true));
     let injector = recipe.injector(&model.config).unwrap();
     let all: Vec<_> = questions.iter().collect();
-    let mut experience = rollout(&model, &injector, &tokenizer, recipe, &all, 1, |_| {}).unwrap();
+    let mut experience = rollout(&model, &injector, &tokenizer, recipe, &all, 1, &mut 0, &|_| {}, |_| {}).unwrap();
     for (i, advantage) in experience.advantages.iter_mut().enumerate() {
         *advantage = if i % 2 == 0 { 1.0 } else { -1.0 };
     }
@@ -63,9 +63,11 @@ fn step(recipe: &Recipe) -> (Rollout, UpdateSummary, f32) {
         optimizer: &mut optimizer,
         recipe,
         update_number: &mut update_number,
+        halvings: &mut 0,
         step: 1,
         sigma: 0.0,
         progress: &mut |_| {},
+        warn: &|line| panic!("{line}"),
     }
     .run(&experience)
     .unwrap();

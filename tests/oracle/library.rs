@@ -67,14 +67,9 @@ fn batched_generation_agrees_with_transformers() {
         let prompts: Vec<Prompt> =
             model.generations.iter().enumerate().map(|(i, g)| Prompt { uid: uid(i), ids: g.ids.clone() }).collect();
         for kv_cache in [true, false] {
-            let request = Request {
-                prompts: &prompts,
-                group_size: 2,
-                max_new_tokens: limit,
-                stop_ids: &qwen2.config.eos_token_ids,
-                sampling: &Sampling::greedy(),
-                kv_cache,
-            };
+            let sampling = Sampling::greedy();
+            let stop_ids = &qwen2.config.eos_token_ids;
+            let request = Request { kv_cache, ..Request::new(&prompts, 2, limit, stop_ids, &sampling) };
             let completions = generate(&qwen2, &request, &clean(), |_| ()).unwrap();
             for (case, group) in model.generations.iter().zip(completions.chunks(2)) {
                 for completion in group {
@@ -94,14 +89,9 @@ fn the_known_story() {
     let Some((dir, ids)) = stories() else { return };
     let qwen2 = load(&dir);
     for kv_cache in [true, false] {
-        let request = Request {
-            prompts: &[Prompt { uid: uid(0), ids: vec![1] }],
-            group_size: 1,
-            max_new_tokens: 150,
-            stop_ids: &qwen2.config.eos_token_ids,
-            sampling: &Sampling::greedy(),
-            kv_cache,
-        };
+        let (prompts, sampling) = ([Prompt { uid: uid(0), ids: vec![1] }], Sampling::greedy());
+        let stop_ids = &qwen2.config.eos_token_ids;
+        let request = Request { kv_cache, ..Request::new(&prompts, 1, 150, stop_ids, &sampling) };
         let completions = generate(&qwen2, &request, &clean(), |_| ()).unwrap();
         assert_eq!(completions[0].sequence.response(), &ids[..150], "kv_cache {kv_cache}");
     }

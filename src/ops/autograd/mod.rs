@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+pub mod flash;
+
 use std::collections::VecDeque;
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -114,16 +116,24 @@ pub fn attach(
         )
     };
     if !error.is_null() {
-        // SAFETY: a non-null result is a NUL-terminated string from strdup, freed once here.
-        let text = unsafe {
-            let text = std::ffi::CStr::from_ptr(error).to_string_lossy().into_owned();
-            libc::free(error.cast());
-            text
-        };
-        return Err(Error::Torch(text.lines().next().unwrap_or_default().to_string()));
+        // SAFETY: a text from strdup, ours to free.
+        return Err(Error::of_torch(&unsafe { take_text(error) }));
     }
     // SAFETY: on success C++ stored one new tensor handle per output; we own them.
     Ok(results.into_iter().map(|r| unsafe { Tensor::from_ptr(r) }).collect())
+}
+
+/// An error text of C++.
+///
+/// # Safety
+/// A NUL-terminated string from strdup, used nowhere else.
+unsafe fn take_text(text: *mut c_char) -> String {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let owned = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
+        libc::free(text.cast());
+        owned
+    }
 }
 
 /// Makes libtorch's CUDA products as exact as their dtypes: no TF32, no reductions in 16 bits.
