@@ -1,6 +1,6 @@
 //! Builds what is not Rust: the C++ that joins torch, the CUDA kernels, and the kernels' host build for the tests.
 //!
-//! 1. `src/ops/autograd/*.cpp` and `src/ops/cuda/stream.cpp` -> a static library against `$LIBTORCH`.
+//! 1. [`BRIDGE`] -> a static library against `$LIBTORCH`.
 //! 2. (kernels/compile.rs) `kernels/*.cu` -> one fatbin each (machine code of every architecture in `CUDA_ARCHES`, default 80 and 90, and
 //!    PTX of the newest), embedded by `$OUT_DIR/embedded_kernels.rs`. No nvcc: a warning now, a typed error at use.
 //!    nvcc failing: the build fails with nvcc's message.
@@ -18,6 +18,14 @@ mod compile;
 
 type Result<T> = std::result::Result<T, String>;
 
+/// The C++ that is compiled against torch.
+const BRIDGE: [&str; 4] = [
+    "src/ops/cuda/stream.cpp",
+    "src/ops/cuda/torch_graph.cpp",
+    "src/ops/autograd/bridge.cpp",
+    "src/ops/autograd/flash.cpp",
+];
+
 fn main() {
     if let Err(message) = run() {
         // cargo shows a failing build script's stderr; the last lines are the compiler's own.
@@ -30,7 +38,7 @@ fn run() -> Result<()> {
     for name in ["LIBTORCH", "LIBTORCH_CXX11_ABI", "CUDA_HOME", "CUDA_ARCHES", "CXX"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    for path in ["build.rs", "kernels", "src/ops/cuda/stream.cpp", "src/ops/autograd"] {
+    for path in ["build.rs", "kernels"].iter().chain(&BRIDGE) {
         println!("cargo:rerun-if-changed={path}");
     }
     let root = PathBuf::from(env_var("CARGO_MANIFEST_DIR")?);
@@ -110,12 +118,7 @@ impl Torch {
 }
 
 fn build_bridge(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
-    let sources: Vec<PathBuf> =
-        ["src/ops/cuda/stream.cpp", "src/ops/autograd/bridge.cpp", "src/ops/autograd/flash.cpp"]
-            .iter()
-            .map(|p| root.join(p))
-            .filter(|p| p.is_file())
-            .collect();
+    let sources: Vec<PathBuf> = BRIDGE.iter().map(|p| root.join(p)).filter(|p| p.is_file()).collect();
     let mut build = cc::Build::new();
     let abi = env::var("LIBTORCH_CXX11_ABI").unwrap_or_else(|_| "1".to_owned());
     build
@@ -134,8 +137,7 @@ fn build_bridge(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
         build.includes(&torch.cuda_include);
     }
     let command = format!("{sources:?} {abi} {} {}", torch.home.display(), torch.has_cuda);
-    let mut inputs = sources.clone();
-    inputs.extend(files(&root.join("src/ops/autograd"), &["h", "hpp"])?);
+    let inputs = sources.clone();
     compile_library(build, "temper_bridge", out, &inputs, &command)?;
     println!("cargo:rustc-link-search=native={}", out.display());
     println!("cargo:rustc-link-search=native={}", torch.home.join("lib").display());

@@ -201,6 +201,16 @@ impl Injector {
         self.measured().record_activation(index, forward_phase(phase), applied.format, scale, sums);
     }
 
+    /// What was measured of products so far stays, whatever [`forget`](Injector::forget) drops.
+    pub fn settle(&self) {
+        self.sinks.lock().unwrap_or_else(|p| p.into_inner()).values().for_each(SumsSink::settle);
+    }
+
+    /// Drops what was measured of products since [`settle`](Injector::settle): that work is done again, with the same draws.
+    pub fn forget(&self) {
+        self.sinks.lock().unwrap_or_else(|p| p.into_inner()).values().for_each(SumsSink::forget);
+    }
+
     /// Closes a training step: planned against measured, per module.
     pub fn finish_step(&self, step: u64, sigma: f64) -> Result<StepInjection> {
         let mut sinks: Vec<_> = {

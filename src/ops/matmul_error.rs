@@ -108,47 +108,78 @@ pub struct SumsSink(Arc<Mutex<SinkState>>);
 
 #[derive(Default)]
 struct SinkState {
+    newest: Sums,
+    settled: Vec<Sums>,
+}
+
+#[derive(Default)]
+struct Sums {
     calls: u64,
-    sums: NoiseSums,
-    device_sums: Option<Tensor>, // f64 [1, noise::SUMS]
+    on_host: NoiseSums,
+    on_device: Option<Tensor>, // f64 [1, noise::SUMS]
 }
 
 impl SumsSink {
+    fn state(&self) -> std::sync::MutexGuard<'_, SinkState> {
+        self.0.lock().unwrap_or_else(|p| p.into_inner())
+    }
+
     pub(super) fn add(&self, sums: &NoiseSums) {
-        let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
-        state.calls += 1;
-        state.sums.merge(sums);
+        let newest = &mut self.state().newest;
+        newest.calls += 1;
+        newest.on_host.merge(sums);
     }
 
     pub(super) fn device_sums(&self, device: Device) -> Result<Tensor> {
-        let mut state = self.0.lock().unwrap_or_else(|p| p.into_inner());
-        state.calls += 1;
-        if state.device_sums.is_none() {
-            state.device_sums = Some(Tensor::f_zeros([1, noise::SUMS], (Kind::Double, device))?);
+        let newest = &mut self.state().newest;
+        newest.calls += 1;
+        if let Some(sums) = &newest.on_device {
+            return Ok(sums.shallow_clone());
         }
-        match &state.device_sums {
-            Some(t) => Ok(t.shallow_clone()),
-            None => Err(Error::Runtime("no device sums".into())),
+        let sums = Tensor::f_zeros([1, noise::SUMS], (Kind::Double, device))?;
+        newest.on_device = Some(sums.shallow_clone());
+        Ok(sums)
+    }
+
+    /// What was measured so far stays, whatever [`forget`](SumsSink::forget) drops.
+    pub fn settle(&self) {
+        let state = &mut *self.state();
+        if state.newest.calls > 0 {
+            state.settled.push(std::mem::take(&mut state.newest));
         }
+    }
+
+    /// Drops what was measured since it was last settled: work that is to be done again.
+    pub fn forget(&self) {
+        self.state().newest = Sums::default();
     }
 
     /// The number of calls of each and their sums since they were last taken; reads the device once for all.
     pub fn take_all(sinks: &[SumsSink]) -> Result<Vec<(u64, NoiseSums)>> {
-        let take = |sink: &SumsSink| std::mem::take(&mut *sink.0.lock().unwrap_or_else(|p| p.into_inner()));
-        let states: Vec<SinkState> = sinks.iter().map(take).collect();
-        let on_device: Vec<&Tensor> = states.iter().filter_map(|state| state.device_sums.as_ref()).collect();
+        let take = |sink: &SumsSink| {
+            let SinkState { newest, mut settled } = std::mem::take(&mut *sink.state());
+            settled.push(newest);
+            settled
+        };
+        let taken: Vec<Vec<Sums>> = sinks.iter().map(take).collect();
+        let on_device: Vec<&Tensor> = taken.iter().flatten().filter_map(|sums| sums.on_device.as_ref()).collect();
         let read = match on_device.is_empty() {
             true => Vec::new(),
             false => Vec::<f64>::try_from(Tensor::f_cat(&on_device, 0)?.f_flatten(0, -1)?)?,
         };
         let mut read = read.chunks_exact(noise::SUMS as usize);
-        let merged = states.iter().map(|state| {
-            let mut sums = state.sums;
-            if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = state.device_sums.as_ref().and(read.next()) {
-                let (error_sq, clean_sq, clean_fourth) = (*error_sq, *clean_sq, *clean_fourth);
-                sums.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: *elements as u64 });
+        let merged = taken.iter().map(|parts| {
+            let mut all = (0, NoiseSums::default());
+            for part in parts {
+                all.0 += part.calls;
+                all.1.merge(&part.on_host);
+                if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = part.on_device.as_ref().and(read.next())
+                {
+                    let (error_sq, clean_sq, clean_fourth) = (*error_sq, *clean_sq, *clean_fourth);
+                    all.1.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: *elements as u64 });
+                }
             }
-            (state.calls, sums)
+            all
         });
         Ok(merged.collect())
     }

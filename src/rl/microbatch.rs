@@ -97,7 +97,10 @@ pub fn with_halving<T>(
         while MicrobatchLimit::of(trainer, *halvings).split(lengths).len() == parts.len() {
             *halvings += 1;
         }
-        warn(&format!("out of memory: {key} is now {:?}", MicrobatchLimit::of(trainer, *halvings)));
+        let now = match MicrobatchLimit::of(trainer, *halvings) {
+            MicrobatchLimit::Sequences(limit) | MicrobatchLimit::Tokens(limit) => limit,
+        };
+        warn(&format!("out of memory: {message}; from now on as with {key}: {now}"));
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod advantage;
 pub mod evaluation;
+pub mod launch;
 pub mod loss;
 pub mod metrics;
 pub mod microbatch;

@@ -51,7 +51,10 @@ pub fn rollout(
     let all = prompts.len() * group;
     let most = recipe.rollout.max_sequences.unwrap_or(all).min(all);
     let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, RowKeys::new(Vec::new())) };
+    injector.settle();
     let completions = loop {
+        // Nothing of an attempt that failed counts.
+        injector.forget();
         // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
         let at_once = (most >> *halvings).max(group);
         let request = Request {

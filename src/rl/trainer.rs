@@ -1,9 +1,10 @@
 //! The training run, top to bottom: validate, then per step noise, rollout, rewards, update, measure, log, checkpoint.
 
-use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use tch::Device;
+
+pub use super::launch::{Launch, Outcome, Workload, check_lengths};
 
 use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
@@ -15,59 +16,21 @@ use super::state::{self, TrainerState};
 use super::stop_rules::StopRules;
 use super::timing::{start_monitor, timing_row};
 use super::update::{Updater, check_skipped};
-use crate::device::gpu::monitor::{Monitor, Watch};
+use crate::device::gpu::monitor::Monitor;
 use crate::inject::injector::Injector;
 use crate::inject::measured::StepInjection;
 use crate::inject::plan::InjectionPlan;
 use crate::inject::schedule::SigmaSchedule;
-use crate::model::config::Qwen2Config;
 use crate::model::load::model_of_section;
 use crate::model::qwen2::Qwen2;
-use crate::model::tokenizer::Tokenizer;
 use crate::model::{aqn, calibration};
 use crate::numerics::generator::NOISE_VERSION;
 use crate::run::checkpoints::{CheckpointScore, CheckpointStore, Retention};
-use crate::run::console::Console;
 use crate::run::directory::{RunDir, RunSpec, Start};
 use crate::run::jsonl::JsonlWriter;
-use crate::run::signals::Interrupt;
 use crate::run::stopped;
 use crate::run::tensorboard::TensorBoard;
 use crate::{Error, Result};
-
-/// What a run reads besides its recipe.
-pub struct Workload {
-    pub tokenizer: Tokenizer,
-    /// Its files go into every checkpoint.
-    pub tokenizer_dir: PathBuf,
-    pub train: Vec<PreparedQuestion>,
-    pub val: Vec<PreparedQuestion>,
-    /// Names the data in the console's validation lines, e.g. `gsm8k`.
-    pub source: String,
-    /// Digests of what the run reads: a run is not resumed on other data or weights.
-    pub inputs: Vec<(String, String)>,
-    /// Holds the tokenizer of the generated task where no model directory has it; removed with this value.
-    pub _scratch: Option<tempfile::TempDir>,
-}
-
-/// Where and how to run.
-pub struct Launch<'a> {
-    pub device: Device,
-    pub device_name: String,
-    pub out: &'a Path,
-    pub resume: bool,
-    pub console: &'a Console,
-    pub interrupt: &'a Interrupt,
-    /// The GPU whose state goes into timing.jsonl, on whatever device the run is.
-    pub monitor: Option<Watch>,
-}
-
-pub struct Outcome {
-    pub run_dir: PathBuf,
-    pub validations: Vec<Validation>,
-    /// Steps whose measured noise disagreed with the plan.
-    pub disagreeing_steps: u64,
-}
 
 /// Trains to the end, or to the step at which a signal asked to stop (then `Error::Interrupted`, after a checkpoint).
 pub fn train(recipe: &Recipe, workload: &Workload, launch: &Launch) -> Result<Outcome> {
@@ -110,19 +73,6 @@ pub fn train_with(
     })?;
     let mut run = Run::open(recipe, workload, launch, run_dir, model, reference, injector, schedule)?;
     run.train()
-}
-
-/// Errors when the longest prompt and a full response do not fit the model.
-pub fn check_lengths(recipe: &Recipe, workload: &Workload, model: &Qwen2Config) -> Result<()> {
-    let longest = workload.train.iter().chain(&workload.val).map(|q| q.prompt_ids.len()).max().unwrap_or(0);
-    let (needed, limit) = (longest + recipe.data.max_response_tokens, model.max_position_embeddings);
-    if needed > limit {
-        crate::bail_input!(
-            "data.max_response_tokens: found {} beside prompts of up to {longest} tokens, expected at most {limit} together (the model's max_position_embeddings)",
-            recipe.data.max_response_tokens
-        );
-    }
-    Ok(())
 }
 
 struct Run<'a> {

@@ -157,8 +157,13 @@ impl Updater<'_> {
         mut work: impl FnMut(&mut Self, &[Range<usize>]) -> Result<T>,
     ) -> Result<T> {
         let (trainer, dw_draw, warn) = (&self.recipe.trainer, self.injector.plan().dw_draw, self.warn);
-        let mut halvings = *self.halvings;
-        let result = with_halving(trainer, dw_draw, &mut halvings, lengths, warn, |parts| work(self, parts));
+        let (mut halvings, injector) = (*self.halvings, self.injector);
+        injector.settle();
+        let result = with_halving(trainer, dw_draw, &mut halvings, lengths, warn, |parts| {
+            // Nothing of an attempt that failed counts.
+            injector.forget();
+            work(self, parts)
+        });
         *self.halvings = halvings;
         result
     }

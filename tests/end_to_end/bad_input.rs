@@ -118,6 +118,8 @@ fn keys() {
         ("trainer.threads=4000000000", "trainer.threads: "),
         ("trainer.val_batch_size=0", "trainer.val_batch_size: "),
         ("trainer.microbatch_sequences=0", "trainer.microbatch_sequences: "),
+        ("trainer.microbatch_tokens=0", "trainer.microbatch_tokens: "),
+        ("rollout.max_sequences=1", "rollout.max_sequences: "),
         ("data.max_response_tokens=18446744073709551615", "data.max_response_tokens: "),
         ("data.max_prompt_tokens=18446744073709551615", "found "),
         ("data.prompts_per_step=0", "data.prompts_per_step: "),

@@ -8,9 +8,10 @@ use crate::support::{assert_same_run, config, files, names, rows, run_dir, stder
 
 /// Two configurations that together touch everything a resume must bring back: f32 and bf16 weights, moments, the KL
 /// reference, AQN on norms and on linears, stochastically quantized weights, activations with calibrated scales, both draw modes,
-/// warm-up, skipping epochs' orders.
+/// warm-up, skipping epochs' orders, rows that are refilled, micro-batches by tokens.
 const F32: &str = "
-trainer: {save_every: 1, val_every: 3, keep_last: 2, keep_best: 1}
+trainer: {save_every: 1, val_every: 3, keep_last: 2, keep_best: 1, microbatch_tokens: 60, offload_reference: true}
+rollout: {max_sequences: 4}
 algorithm: {kl_coef: 0.05}
 optimizer: {warmup_steps: 5}
 reward: {mode: numeric}";

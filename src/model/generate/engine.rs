@@ -1,9 +1,9 @@
 //! Batched generation: rows on the device, a look at what has ended every few tokens, prompts that follow as rows come free.
 //!
 //! Between two looks nothing waits for the device: the tokens just sampled, their positions and keys are tensors there. A row
-//! whose sequence has ended computes on until the next look, and nobody reads it; a free row computes as position 0 of nothing.
+//! whose sequence has ended computes on until the next look, and nobody reads it; a free row computes position 0 of nothing.
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::rows::Rows;
 use super::{Completion, Prompt, Request};
@@ -32,21 +32,21 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
         pass,
         rule: request.sampling.rule()?,
         cache: KvCache::new(&model.config, rows.len(), longest_prompt + check_every, model.kind(), model.device())?,
-        state: State::of(&rows, model.device())?,
-        unread: Vec::new(),
+        state: State::of(&rows, check_every, model.device())?,
         measure_norms: pass.measure_norms,
     };
     while !rows.finished() {
         let begun = rows.begin();
-        if begun.is_empty() {
+        let tokens = if begun.is_empty() {
             for _ in 0..check_every {
                 engine.decode()?;
             }
+            engine.look(check_every)?
         } else {
-            engine.prefill(&begun)?;
-        }
+            engine.prefill(&begun)?
+        };
         let mut ended = 0;
-        for (row, id, logprob) in engine.look()? {
+        for (row, id, logprob) in tokens {
             ended += usize::from(rows.push(row, id, logprob)?);
         }
         progress(ended);
@@ -55,23 +55,39 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
             engine.keep(kept)?;
         }
         if ended > 0 || kept.is_some() || !begun.is_empty() {
-            engine.state = State::of(&rows, model.device())?;
+            let state = State::of(&rows, check_every, model.device())?;
+            match kept {
+                Some(_) => engine.state = state,
+                None => engine.state.assign(&state)?,
+            }
         }
     }
     Ok(rows.into_completions())
 }
 
-/// The newest token of every row.
+type Token = (usize, u32, f32);
+
+/// (row, token, log-probability) of `rows` and what was sampled for them: i64 [rows], f32 [rows], on the CPU.
+fn tokens(rows: impl IntoIterator<Item = usize>, (ids, logprobs): (Tensor, Tensor)) -> Result<Vec<Token>> {
+    let (ids, logprobs) = (Vec::<i64>::try_from(ids)?, Vec::<f32>::try_from(logprobs)?);
+    Ok(rows.into_iter().zip(ids).zip(logprobs).map(|((row, id), logprob)| (row, id as u32, logprob)).collect())
+}
+
+/// The newest token of every row, and what has been sampled since the last look. The tensors stay where they are while tokens
+/// are computed, so that a step can be a CUDA graph.
 struct State {
     ids: Tensor,       // i64 [rows]
     positions: Tensor, // i64 [rows]
     keys: Tensor,      // i64 [rows]: the bits of the token keys
     /// The most tokens that a row has.
     longest: usize,
+    sampled_ids: Tensor,      // i64 [check_every, rows]
+    sampled_logprobs: Tensor, // f32 [check_every, rows]
+    written: Tensor,          // i64 [1]: rows of these two that are there
 }
 
 impl State {
-    fn of(rows: &Rows, device: Device) -> Result<State> {
+    fn of(rows: &Rows, check_every: usize, device: Device) -> Result<State> {
         let (mut ids, mut positions, mut keys, mut longest) = (Vec::new(), Vec::new(), Vec::new(), 0);
         for row in 0..rows.len() {
             let (id, position, key) = match rows.of(row) {
@@ -80,7 +96,7 @@ impl State {
                     let position = sequence.ids.len() - 1;
                     (sequence.ids[position], position, sequence.key(position)?)
                 }
-                None => (0, 0, 0),
+                None => (0, 0, rows.free_key(row)),
             };
             ids.push(i64::from(id));
             positions.push(position as i64);
@@ -88,7 +104,27 @@ impl State {
             longest = longest.max(position + 1);
         }
         let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
-        Ok(State { ids: upload(&ids)?, positions: upload(&positions)?, keys: upload(&keys)?, longest })
+        let shape = [check_every as i64, rows.len() as i64];
+        Ok(State {
+            ids: upload(&ids)?,
+            positions: upload(&positions)?,
+            keys: upload(&keys)?,
+            longest,
+            sampled_ids: Tensor::f_zeros(shape, (Kind::Int64, device))?,
+            sampled_logprobs: Tensor::f_zeros(shape, (Kind::Float, device))?,
+            written: Tensor::f_zeros([1], (Kind::Int64, device))?,
+        })
+    }
+
+    /// Takes the values of a state of as many rows, and leaves the tensors where they are.
+    fn assign(&mut self, other: &State) -> Result<()> {
+        for (own, other) in
+            [(&mut self.ids, &other.ids), (&mut self.positions, &other.positions), (&mut self.keys, &other.keys)]
+        {
+            own.f_copy_(other)?;
+        }
+        self.longest = other.longest;
+        Ok(())
     }
 }
 
@@ -98,22 +134,14 @@ struct Engine<'a> {
     rule: SamplingRule,
     cache: KvCache,
     state: State,
-    unread: Vec<Sampled>,
     /// Norms are measured in the first pass alone.
     measure_norms: bool,
 }
 
-/// Tokens on the device, one of each of `rows`.
-struct Sampled {
-    rows: Vec<usize>,
-    ids: Tensor,      // i64 [rows]
-    logprobs: Tensor, // f32 [rows]
-}
-
 impl Engine<'_> {
     /// Computes each prompt once, stores it in the rows of its members and samples their first tokens.
-    fn prefill(&mut self, begun: &[(&Prompt, Vec<usize>)]) -> Result<()> {
-        let mut rest = begun;
+    fn prefill(&mut self, begun: &[(&Prompt, Vec<usize>)]) -> Result<Vec<Token>> {
+        let (mut rest, mut tokens_of_rows) = (begun, Vec::new());
         while !rest.is_empty() {
             let mut tokens = 0;
             let fit = rest.iter().take_while(|(prompt, _)| {
@@ -121,13 +149,13 @@ impl Engine<'_> {
                 tokens <= PREFILL_TOKENS
             });
             let (now, later) = rest.split_at(fit.count().max(1));
-            self.prefill_pass(now)?;
+            tokens_of_rows.extend(self.prefill_pass(now)?);
             rest = later;
         }
-        Ok(())
+        Ok(tokens_of_rows)
     }
 
-    fn prefill_pass(&mut self, begun: &[(&Prompt, Vec<usize>)]) -> Result<()> {
+    fn prefill_pass(&mut self, begun: &[(&Prompt, Vec<usize>)]) -> Result<Vec<Token>> {
         let (model, device) = (self.model, self.model.device());
         let (mut ids, mut positions, mut keys) = (Vec::new(), Vec::new(), Vec::new());
         let (mut last, mut lengths) = (Vec::new(), Vec::new());
@@ -164,39 +192,47 @@ impl Engine<'_> {
         let logits = logits.f_index_select(0, &index(&prompt_of_row)?)?;
         let first_keys = Tensor::f_from_slice(&first_keys)?.f_to_device(device)?;
         let (ids, logprobs) = sample(&logits, &first_keys, &self.rule)?;
-        self.unread.push(Sampled { rows, ids, logprobs });
-        Ok(())
+        tokens(rows, (ids.f_to_device(Device::Cpu)?, logprobs.f_to_device(Device::Cpu)?))
     }
 
     /// The next token of every row.
     fn decode(&mut self) -> Result<()> {
+        self.cache.reserve(self.state.longest)?;
+        self.step(self.state.longest)?;
+        self.state.longest += 1;
+        Ok(())
+    }
+
+    /// What a token takes on the device; no row sees more than `longest` positions.
+    fn step(&mut self, longest: usize) -> Result<()> {
         let (model, state) = (self.model, &mut self.state);
-        self.cache.reserve(state.longest)?;
-        let step = DecodeStep::new(&state.positions, state.longest)?;
+        let step = DecodeStep::new(&state.positions, longest)?;
         let pass = Pass { measure_norms: false, ..self.pass.with_keys(RowKeys::of_tensor(&state.keys)) };
         let attend = Attend::Decode { cache: &self.cache, step: &step };
         let residual = model.residual(&state.ids, step.positions(), &attend, &pass)?;
         let hidden = model.norm.forward(&residual, &pass)?;
         let logits = model.head.logits(model.head_weight(), &hidden, &pass)?;
         // Positions are the keys' lowest bits.
-        state.keys = state.keys.f_add_scalar(1)?;
-        state.positions = state.positions.f_add_scalar(1)?;
-        state.longest += 1;
+        let _ = state.keys.f_add_scalar_(1)?;
+        let _ = state.positions.f_add_scalar_(1)?;
         let (ids, logprobs) = sample(&logits, &state.keys, &self.rule)?;
-        state.ids = ids.shallow_clone();
-        self.unread.push(Sampled { rows: (0..ids.size()[0] as usize).collect(), ids, logprobs });
+        state.ids.f_copy_(&ids)?;
+        let _ = state.sampled_ids.f_index_copy_(0, &state.written, &ids.f_unsqueeze(0)?)?;
+        let _ = state.sampled_logprobs.f_index_copy_(0, &state.written, &logprobs.f_unsqueeze(0)?)?;
+        let _ = state.written.f_add_scalar_(1)?;
         Ok(())
     }
 
-    /// Waits for the device: (row, token, log-probability) of all that was sampled since the last look, in its order.
-    fn look(&mut self) -> Result<Vec<(usize, u32, f32)>> {
-        let unread = std::mem::take(&mut self.unread);
-        let together =
-            |tensors: Vec<&Tensor>| -> Result<Tensor> { Ok(Tensor::f_cat(&tensors, 0)?.f_to_device(Device::Cpu)?) };
-        let ids = Vec::<i64>::try_from(together(unread.iter().map(|s| &s.ids).collect())?)?;
-        let logprobs = Vec::<f32>::try_from(together(unread.iter().map(|s| &s.logprobs).collect())?)?;
-        let rows = unread.into_iter().flat_map(|sampled| sampled.rows);
-        Ok(rows.zip(ids).zip(logprobs).map(|((row, id), logprob)| (row, id as u32, logprob)).collect())
+    /// Waits for the device: (row, token, log-probability) of the `steps` tokens since the last look, in their order.
+    fn look(&mut self, steps: usize) -> Result<Vec<Token>> {
+        let state = &mut self.state;
+        let _ = state.written.f_zero_()?;
+        let rows = state.ids.size()[0] as usize;
+        let read = |of: &Tensor| -> Result<Tensor> {
+            Ok(of.f_narrow(0, 0, steps as i64)?.f_to_device(Device::Cpu)?.f_reshape([-1])?)
+        };
+        let sampled = (read(&state.sampled_ids)?, read(&state.sampled_logprobs)?);
+        tokens((0..steps).flat_map(|_| 0..rows), sampled)
     }
 
     /// Keeps the rows that are at work.

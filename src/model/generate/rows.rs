@@ -16,6 +16,7 @@ pub struct Active {
 pub struct Rows<'a> {
     request: &'a Request<'a>,
     active: Vec<Option<Active>>, // of each row; None: free
+    free_keys: Vec<u64>,         // of each row, what its products draw from while it is free
     waiting: usize,              // the next prompt to begin
     done: Vec<Option<Completion>>,
 }
@@ -25,9 +26,11 @@ impl<'a> Rows<'a> {
     pub fn new(request: &'a Request<'a>) -> Rows<'a> {
         let (group, prompts) = (request.group_size, request.prompts.len());
         let groups = request.batching.max_sequences.map_or(prompts, |most| (most / group).clamp(1, prompts.max(1)));
+        let rows = groups.min(prompts) * group;
         Rows {
             request,
-            active: (0..groups.min(prompts) * group).map(|_| None).collect(),
+            active: (0..rows).map(|_| None).collect(),
+            free_keys: vec![0; rows],
             waiting: 0,
             done: (0..prompts * group).map(|_| None).collect(),
         }
@@ -60,14 +63,24 @@ impl<'a> Rows<'a> {
         begun
     }
 
+    /// The key that a free row computes under: it goes on where its sequence ended, since noise is measured over all rows, and
+    /// the error of that measurement is known for draws of which each is another.
+    pub fn free_key(&self, row: usize) -> u64 {
+        self.free_keys[row]
+    }
+
     /// Gives the sequence of `row` its next token; true when that ended it. A free row's token is nobody's.
     pub fn push(&mut self, row: usize, id: u32, logprob: f32) -> Result<bool> {
-        let Some(active) = &mut self.active[row] else { return Ok(false) };
+        let Some(active) = &mut self.active[row] else {
+            self.free_keys[row] += 1;
+            return Ok(false);
+        };
         let limit = self.request.limit(active.place);
         if !active.completion.push(id, logprob, limit, self.request.stop_ids)? {
             return Ok(false);
         }
         if let Some(Active { place, completion }) = self.active[row].take() {
+            self.free_keys[row] = completion.sequence.key(completion.sequence.ids.len() - 1)?;
             self.done[place] = Some(completion);
         }
         Ok(true)
@@ -82,6 +95,7 @@ impl<'a> Rows<'a> {
             return None;
         }
         self.active.retain(Option::is_some);
+        self.free_keys = kept.iter().map(|&row| self.free_keys[row]).collect();
         Some(kept)
     }
 

@@ -127,7 +127,7 @@ pub fn attach(
 ///
 /// # Safety
 /// A NUL-terminated string from strdup, used nowhere else.
-unsafe fn take_text(text: *mut c_char) -> String {
+pub(super) unsafe fn take_text(text: *mut c_char) -> String {
     // SAFETY: the caller's promise.
     unsafe {
         let owned = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();

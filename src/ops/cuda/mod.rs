@@ -9,4 +9,5 @@ pub mod matmul;
 pub mod noise;
 mod properties;
 pub mod timer;
+pub mod torch_graph;
 mod zeros;

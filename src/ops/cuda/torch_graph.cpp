@@ -1,0 +1,79 @@
+// Everything that a piece of work launches, torch's operators and our kernels alike, as one CUDA graph.
+
+#include <cstdint>
+#include <cstring>
+#include <exception>
+
+#ifdef TEMPER_TORCH_CUDA
+#include <ATen/cuda/CUDAGraph.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/core/StreamGuard.h>
+#endif
+
+typedef int (*temper_work_fn)(void* payload);  // not 0: it failed
+
+extern "C" {
+
+// Null with *error null: `work` failed, and keeps why. Null with *error set: a text that the caller frees with free().
+void* temper_graph_capture(int device, temper_work_fn work, void* payload, char** error) {
+  *error = nullptr;
+#ifdef TEMPER_TORCH_CUDA
+  try {
+    // What was queued before must be done: the capture's stream is another one. The default stream cannot be captured.
+    c10::cuda::device_synchronize();
+    auto* graph = new at::cuda::CUDAGraph();
+    int failed = 0;
+    try {
+      c10::StreamGuard guard(c10::cuda::getStreamFromPool(false, static_cast<c10::DeviceIndex>(device)));
+      // Other threads may go on working: NVML's readings, for one.
+      graph->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+      failed = work(payload);
+      graph->capture_end();
+    } catch (...) {
+      delete graph;
+      if (failed) return nullptr;
+      throw;
+    }
+    if (failed) {
+      delete graph;
+      return nullptr;
+    }
+    return graph;
+  } catch (const std::exception& e) {
+    *error = strdup(e.what());
+    return nullptr;
+  }
+#else
+  (void)device, (void)work, (void)payload;
+  *error = strdup("built against a torch without CUDA");
+  return nullptr;
+#endif
+}
+
+// Runs the graph on torch's current stream; null, or a text that the caller frees with free().
+char* temper_graph_replay(void* graph) {
+#ifdef TEMPER_TORCH_CUDA
+  try {
+    static_cast<at::cuda::CUDAGraph*>(graph)->replay();
+  } catch (const std::exception& e) {
+    return strdup(e.what());
+  }
+#else
+  (void)graph;
+#endif
+  return nullptr;
+}
+
+void temper_graph_free(void* graph) {
+#ifdef TEMPER_TORCH_CUDA
+  try {
+    delete static_cast<at::cuda::CUDAGraph*>(graph);
+  } catch (...) {  // a failure leaks a graph
+  }
+#else
+  (void)graph;
+#endif
+}
+
+}  // extern "C"

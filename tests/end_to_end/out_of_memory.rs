@@ -1,0 +1,73 @@
+//! Memory that really runs out, by a limit on the process: the micro-batch is halved, the update is done again, and the run is
+//! the one that had the smaller micro-batch from the beginning, to rounding.
+
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::support::{config, rows, run_dir, stderr_of, temper, train_args};
+
+/// One step on 512 sequences, whose update needs a few hundred megabytes at once.
+const LARGE: &str = "
+data: {prompts_per_step: 64, generated: {train_problems: 64}}
+rollout: {group_size: 8}
+trainer: {epochs: 1, minibatch_prompts: 64, val_before_train: false, val_every: 0, save_every: 0}
+reward: {mode: numeric}";
+const COMPARED: [&str; 6] =
+    ["loss/policy", "loss/kl", "grad_norm", "entropy", "reward/mean", "noisy_ops/measured_std_forward"];
+
+/// Runs to the end; the largest address space that the process had, in KiB.
+fn peak_kib(mut command: Command) -> u64 {
+    let mut child = command.spawn().unwrap();
+    let status = format!("/proc/{}/status", child.id());
+    let mut peak = 0;
+    while child.try_wait().unwrap().is_none() {
+        let text = std::fs::read_to_string(&status).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmPeak:"));
+        peak = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse().ok()).unwrap_or(peak);
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert!(child.wait().unwrap().success());
+    peak
+}
+
+fn first_row(out: &Path) -> Value {
+    rows(&run_dir(out).join("metrics.jsonl")).into_iter().find(|row| row["kind"] == "train").unwrap()
+}
+
+#[test]
+fn halved_micro_batches_give_the_same_step() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = config(dir.path(), "large", LARGE);
+    let args = |name: &str, sequences: usize| {
+        let mut args = train_args(&config, &dir.path().join(name));
+        args.extend(["--set".to_string(), format!("trainer.microbatch_sequences={sequences}")]);
+        args
+    };
+    let (small, large) = (peak_kib(temper(&args("small", 128))), peak_kib(temper(&args("large", 512))));
+    assert!(large > small + 100_000, "{large} KiB, {small} KiB: the update must need the memory");
+    let limited = |name: &str, limit: u64, more: &[&str]| {
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -v {limit}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_temper")]);
+        command.args(args(name, 512)).args(more).output().unwrap()
+    };
+    let limit = (small + large) / 2;
+    let output = limited("limited", limit, &[]);
+    let text = stderr_of(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("out of memory: ") && text.contains("as with trainer.microbatch_sequences: 256"), "{text}");
+    let (got, want) = (first_row(&dir.path().join("limited")), first_row(&dir.path().join("small")));
+    for key in COMPARED {
+        let (a, b) = (got[key].as_f64().unwrap(), want[key].as_f64().unwrap());
+        assert!((a - b).abs() <= 1e-5 * b.abs().max(1.0), "{key}: {a}, expected {b}");
+    }
+
+    // Where the split is part of the experiment it stays, and the error says what to do.
+    let output = limited("refused", limit, &["--set", "noisy_ops.dw_draw=per_microbatch"]);
+    let text = stderr_of(&output);
+    let error = text.lines().last().unwrap_or_default();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(error.contains("out of memory: ") && error.contains("per_update"), "{text}");
+}
