@@ -10,7 +10,7 @@ use super::kv_cache::{DecodeStep, KvCache};
 use super::linear::Linear;
 use super::linear_input::LinearInput;
 use super::pass::Pass;
-use crate::Result;
+use crate::{Result, ops};
 
 pub struct Attention {
     pub q_proj: Linear,
@@ -35,15 +35,6 @@ impl Rotary {
         let angle = positions.f_to_kind(Kind::Float)?.f_unsqueeze(1)?.f_mul(&inverse_frequency)?;
         let angle = Tensor::f_cat(&[&angle, &angle], 1)?.f_unsqueeze(1)?;
         Ok(Rotary { cos: angle.f_cos()?, sin: angle.f_sin()? })
-    }
-
-    /// x [tokens, heads, head_dim] rotated, in f32, one rounding to x's dtype.
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let x32 = x.f_to_kind(Kind::Float)?;
-        let halves = x32.f_chunk(2, -1)?;
-        let rotated = Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?;
-        let y = x32.f_mul(&self.cos)?.f_add(&rotated.f_mul(&self.sin)?)?;
-        Ok(y.f_to_kind(x.kind())?)
     }
 }
 
@@ -118,8 +109,9 @@ impl Attention {
         let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
         let dim = config.head_dim as i64;
         let input = LinearInput::new(x);
-        let q = rotary.apply(&self.q_proj.forward_shared(&input, pass)?.f_view([-1, heads, dim])?)?;
-        let k = rotary.apply(&self.k_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?)?;
+        let q = self.q_proj.forward_shared(&input, pass)?.f_view([-1, heads, dim])?;
+        let k = self.k_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
+        let (q, k) = ops::rotary::rotary(&q, &k, &rotary.cos, &rotary.sin)?;
         let v = self.v_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
         let scale = 1.0 / (dim as f64).sqrt();
         let out = match attend {
@@ -129,21 +121,16 @@ impl Attention {
                     cache.store_prefill(layer, &k, &v)?;
                 }
                 let (k, v) = (repeat_kv(&k, heads)?, repeat_kv(&v, heads)?);
-                layout.flatten(&sdpa(&q, &k, &v, None, true, scale)?)?
+                let none: Option<&Tensor> = None;
+                layout.flatten(&Tensor::f_scaled_dot_product_attention(&q, &k, &v, none, 0.0, true, scale, false)?)?
             }
             Attend::Decode { cache, step } => {
                 let (k, v) = cache.append(layer, &k, &v, step)?;
-                // The query heads of one kv head stand as rows of one small attention problem.
-                let q = q.f_view([-1, kv_heads, heads / kv_heads, dim])?;
-                sdpa(&q, &k, &v, Some(step.mask()), false, scale)?.f_reshape([-1, heads * dim])?
+                ops::decode_attention::decode_attention(&q, &k, &v, step.lengths(), step.longest(), scale)?
             }
         };
         self.o_proj.forward(&out, pass)
     }
-}
-
-fn sdpa(q: &Tensor, k: &Tensor, v: &Tensor, mask: Option<&Tensor>, causal: bool, scale: f64) -> Result<Tensor> {
-    Ok(Tensor::f_scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale, false)?)
 }
 
 /// [b, kv_heads, length, dim] -> [b, heads, length, dim], each kv head repeated for its query heads.

@@ -1,15 +1,15 @@
 //! Batched generation with a KV cache; sampling keyed by (seed, uid, position), so that a token does not depend on what
 //! else is in the batch (numerics.md section 7).
 
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::attention::{Attend, PaddedLayout};
 use super::kv_cache::{DecodeStep, KvCache};
 use super::pass::{Pass, PromptUid, Sequence, ids_tensor};
 use super::qwen2::Qwen2;
-use crate::numerics::generator::uniform_f32;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::sampling::{SamplingRule, sample};
 use crate::{Error, Result};
 
 #[derive(Clone, Debug)]
@@ -79,7 +79,7 @@ pub fn generate(
     let mut logits = decoder.prefill(&active)?;
     loop {
         let sequences: Vec<&Sequence> = active.iter().map(|(_, _, c)| &c.sequence).collect();
-        let (ids, logprobs) = sample(&logits, &sequences, request.sampling)?;
+        let (ids, logprobs) = next_tokens(&logits, &sequences, request.sampling)?;
         let mut kept = Vec::new();
         let mut still = Vec::new();
         for (row, (slot, p, mut completion)) in active.into_iter().enumerate() {
@@ -197,57 +197,17 @@ impl<'a> Decoder<'a> {
 }
 
 /// The next token of each row of f32 `logits` [rows, vocab] and its log-probability at the temperature.
-fn sample(logits: &Tensor, sequences: &[&Sequence], sampling: &Sampling) -> Result<(Vec<u32>, Vec<f32>)> {
-    let logits =
-        if sampling.temperature == 1.0 { logits.shallow_clone() } else { logits.f_div_scalar(sampling.temperature)? };
-    let log_softmax = logits.f_log_softmax(-1, Kind::Float)?;
-    let chosen = if sampling.greedy {
-        logits.f_argmax(-1, true)?
-    } else {
-        let stream = stream(Purpose::Sampling, sampling.phase, 0, 0)?;
-        let uniforms: Vec<f32> = sequences
-            .iter()
-            .map(|s| Ok(uniform_f32(sampling.seed, stream, s.key(s.ids.len())?)))
-            .collect::<Result<_>>()?;
-        inverse_cdf(&filtered(&log_softmax.f_exp()?, sampling)?, &uniforms)?
-    };
-    let logprobs = log_softmax.f_gather(1, &chosen, false)?.f_view([-1])?.f_to_device(Device::Cpu)?;
-    let logprobs = Vec::<f32>::try_from(logprobs)?;
-    let ids = Vec::<i64>::try_from(chosen.f_view([-1])?.f_to_device(Device::Cpu)?)?;
+fn next_tokens(logits: &Tensor, sequences: &[&Sequence], sampling: &Sampling) -> Result<(Vec<u32>, Vec<f32>)> {
+    let Sampling { greedy, temperature, top_p, top_k, seed, phase } = *sampling;
+    let rule =
+        SamplingRule { greedy, temperature, top_p, top_k, seed, stream: stream(Purpose::Sampling, phase, 0, 0)? };
+    let keys = sequences.iter().map(|s| s.key(s.ids.len())).collect::<Result<Vec<u64>>>()?;
+    let keys = RowKeys::new(keys).on_device(logits.device())?;
+    let (ids, logprobs) = sample(logits, &keys, &rule)?;
+    let logprobs = Vec::<f32>::try_from(logprobs.f_to_device(Device::Cpu)?)?;
+    let ids = Vec::<i64>::try_from(ids.f_to_device(Device::Cpu)?)?;
     if logprobs.iter().any(|l| l.is_nan()) {
         return Err(Error::Runtime("generate: the model's logits are not finite".into()));
     }
     Ok((ids.into_iter().map(|i| i as u32).collect(), logprobs))
-}
-
-/// The probabilities that top_k and top_p leave; the others 0. Not renormalized: the inverse CDF scales by the total.
-fn filtered(probabilities: &Tensor, sampling: &Sampling) -> Result<Tensor> {
-    let vocab = probabilities.size()[1];
-    let mut kept = probabilities.shallow_clone();
-    if sampling.top_k > 0 && (sampling.top_k as i64) < vocab {
-        let (top, _) = probabilities.f_topk(sampling.top_k as i64, -1, true, true)?;
-        let smallest = top.f_narrow(1, sampling.top_k as i64 - 1, 1)?;
-        kept = kept.f_mul(&probabilities.f_ge_tensor(&smallest)?.f_to_kind(Kind::Float)?)?;
-    }
-    if sampling.top_p < 1.0 {
-        let (sorted, order) = kept.f_sort(-1, true)?;
-        let total = sorted.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?;
-        let before = sorted.f_cumsum(-1, Kind::Float)?.f_sub(&sorted)?;
-        let inside = before.f_lt_tensor(&total.f_mul_scalar(sampling.top_p)?)?.f_to_kind(Kind::Float)?;
-        let mask = inside.f_zeros_like()?.f_scatter(1, &order, &inside)?;
-        kept = kept.f_mul(&mask)?;
-    }
-    Ok(kept)
-}
-
-/// The first index whose cumulative probability (f32) exceeds u * total: i64 [rows, 1].
-fn inverse_cdf(probabilities: &Tensor, uniforms: &[f32]) -> Result<Tensor> {
-    let cdf = probabilities.f_cumsum(-1, Kind::Float)?;
-    let total = cdf.f_narrow(1, cdf.size()[1] - 1, 1)?;
-    let u = Tensor::f_from_slice(uniforms)?.f_to_device(cdf.device())?.f_unsqueeze(1)?;
-    let at = |reached: Tensor| reached.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Int64);
-    let index = at(cdf.f_le_tensor(&u.f_mul(&total)?)?)?;
-    // u * total may round up to the total: the last token with any probability is the last answer.
-    let last = at(cdf.f_lt_tensor(&total)?)?;
-    Ok(index.f_minimum(&last)?)
 }

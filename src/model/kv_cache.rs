@@ -18,7 +18,7 @@ pub struct KvCache {
 pub struct DecodeStep {
     rows: Tensor,      // i64 [sequences]
     positions: Tensor, // i64 [sequences]
-    mask: Tensor,      // bool [sequences, 1, 1, length]
+    lengths: Tensor,   // i64 [sequences]
     length: i64,
 }
 
@@ -27,11 +27,9 @@ impl DecodeStep {
         let length = positions.iter().max().map_or(0, |&p| p as i64 + 1);
         let host: Vec<i64> = positions.iter().map(|&p| p as i64).collect();
         let positions = Tensor::f_from_slice(&host)?.f_to_device(device)?;
-        let columns = Tensor::f_arange(length, (Kind::Int64, device))?;
-        let mask = columns.f_unsqueeze(0)?.f_le_tensor(&positions.f_unsqueeze(1)?)?;
         Ok(DecodeStep {
             rows: Tensor::f_arange(host.len() as i64, (Kind::Int64, device))?,
-            mask: mask.f_view([host.len() as i64, 1, 1, length])?,
+            lengths: positions.f_add_scalar(1)?,
             positions,
             length,
         })
@@ -42,8 +40,14 @@ impl DecodeStep {
         &self.positions
     }
 
-    pub fn mask(&self) -> &Tensor {
-        &self.mask
+    /// i64 [sequences]: the places of the cache that each sequence sees.
+    pub fn lengths(&self) -> &Tensor {
+        &self.lengths
+    }
+
+    /// The largest of the lengths.
+    pub fn longest(&self) -> i64 {
+        self.length
     }
 }
 
