@@ -5,6 +5,7 @@
 #include "shim.h"
 
 #include "amax.cu"
+#include "decode_attention.cu"
 #include "fake_quant_fp8.cu"
 #include "fake_quant_mxfp4.cu"
 #include "fake_quant_nvfp4.cu"
@@ -16,6 +17,10 @@
 #include "matmul_tn.cu"
 #include "matmul_w4.cu"
 #include "noise.cu"
+#include "rms_norm.cu"
+#include "rotary.cu"
+#include "sample.cu"
+#include "swiglu.cu"
 
 extern "C" {
 

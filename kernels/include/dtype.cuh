@@ -171,6 +171,21 @@ TEMPER_DEVICE void store_ragged(T* row, uint32_t column, uint32_t cols, const Oc
   }
 }
 
+// An octet of a row of `cols` elements, from `column` on; kIsWhole: all of it is below `cols` and aligned to 16 bytes.
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE Octet<T> load_part(const T* row, uint32_t column, uint32_t cols) {
+  if constexpr (kIsWhole) return load_octet(row + column);
+  return load_ragged(row, column, cols);
+}
+template <bool kIsWhole, typename T>
+TEMPER_DEVICE void store_part(T* row, uint32_t column, uint32_t cols, const Octet<T>& octet) {
+  if constexpr (kIsWhole) {
+    store_octet(row + column, octet);
+  } else {
+    store_ragged(row, column, cols, octet);
+  }
+}
+
 // The magnitudes of a word: of one f32, or of two values of 16 bits.
 TEMPER_DEVICE uint32_t magnitudes(const float*, uint32_t word) { return word & ~kSignBit; }
 template <typename T>

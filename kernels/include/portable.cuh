@@ -73,6 +73,7 @@ TEMPER_DEVICE float with_sign_of(float magnitude, float x) {
   return float_of(bits_of(magnitude) | (bits_of(x) & kSignBit));
 }
 TEMPER_DEVICE float not_a_number() { return float_of(0x7fc00000u); }
+TEMPER_DEVICE float minus_infinity() { return float_of(kInfinityBits | kSignBit); }
 
 // 2^k for k in [-149, 127], subnormals included.
 TEMPER_DEVICE float power_of_two(int k) {

@@ -43,3 +43,31 @@ TEMPER_DEVICE void add_block(double value, double* scratch, double* sum) {
   const double total = block_sum<kWarps_>(value, scratch);
   if (threadIdx.x == 0) atomicAdd(sum, total);
 }
+
+// The sums over the warp, in every lane; a butterfly, so that all lanes have the same bits.
+template <typename T>
+TEMPER_DEVICE T warp_total(T value) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) value += __shfl_xor_sync(kFullWarp, value, mask);
+  return value;
+}
+
+// The sums over a block of several values at once, in every thread, in an order that depends on nothing. scratch is shared
+// memory; every thread must call.
+template <int kCount>
+TEMPER_DEVICE void block_totals(float (&values)[kCount], float (*scratch)[kWarps]) {
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) values[v] = warp_total(values[v]);
+  __syncthreads();  // an earlier sum's readers are done with scratch
+  if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) scratch[v][threadIdx.x / kWarpSize] = values[v];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int v = 0; v < kCount; ++v) {
+    values[v] = scratch[v][0];
+#pragma unroll
+    for (uint32_t warp = 1; warp < kWarps; ++warp) values[v] += scratch[v][warp];
+  }
+}

@@ -6,6 +6,7 @@ mod choices;
 mod fake_quant;
 mod matmul;
 mod noise;
+mod small_ops;
 
 use tch::{Kind, Tensor};
 
@@ -32,6 +33,12 @@ pub struct Shapes {
     pub tokens: &'static [usize],
     /// Of the product that shows what torch can do at most.
     pub square: usize,
+    /// The residual stream [tokens, hidden]: its norms.
+    pub streams: &'static [(usize, usize)],
+    /// The inside of an MLP [tokens, intermediate].
+    pub gates: &'static [(usize, usize)],
+    /// Queries and keys that are rotated: (tokens, heads, kv_heads, dim).
+    pub heads: &'static [(usize, usize, usize, usize)],
     /// The inputs of one kind hold at least this much together.
     pub rotated_bytes: usize,
 }
@@ -60,6 +67,9 @@ pub const GPU: Shapes = Shapes {
     models: &[QWEN_1_5B, QWEN_7B],
     tokens: &[1, 8, 64, 640, 4096, 16384],
     square: 8192,
+    streams: &[(64, 1536), (4096, 1536), (16384, 1536), (4096, 3584)],
+    gates: &[(64, 8960), (4096, 8960), (16384, 8960), (4096, 18944)],
+    heads: &[(64, 12, 2, 128), (4096, 12, 2, 128), (16384, 12, 2, 128)],
     rotated_bytes: 256 << 20,
 };
 
@@ -84,6 +94,7 @@ pub fn rows(executor: &dyn Executor, clock: &dyn Clock, shapes: &Shapes, options
     let mut rows = fake_quant::rows(&device, options)?;
     rows.extend(noise::rows(&device, options)?);
     rows.extend(matmul::rows(&device, options)?);
+    rows.extend(small_ops::rows(&device, options)?);
     Ok(rows)
 }
 

@@ -1,12 +1,16 @@
 //! Every kernel on this machine's GPU against the CPU operation, which the tests hold against the definition: bit for bit
 //! where numerics.md says so. Without a GPU the tests run the same checks on the host's build of the kernels.
 
+mod decoding;
 mod fake_quant;
 mod matmul;
 mod noise;
+mod small_ops;
 
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
+
+pub(super) use small_ops::backward_chain as norm_backward_chain;
 
 use crate::ops::cuda::launch::Executor;
 use crate::{Error, Result};
@@ -66,6 +70,10 @@ pub fn run(executor: &dyn Executor, sizes: &Sizes, progress: &dyn Fn(&str)) -> R
     noise::checks(executor, sizes, &mut checks)?;
     progress("matmul, noisy_linear");
     matmul::checks(executor, sizes, &mut checks)?;
+    progress("rms_norm, swiglu, rotary");
+    small_ops::checks(executor, sizes, &mut checks)?;
+    progress("sample, decode_attention");
+    decoding::checks(executor, &mut checks)?;
     Ok(checks)
 }
 
@@ -97,6 +105,23 @@ impl Compared {
             differs = differs.f_logical_and(&both_nan.f_logical_not()?)?;
         }
         self.differing += i64::try_from(differs.f_sum(Kind::Int64)?)? as u64;
+        Ok(())
+    }
+
+    /// Every element to a relative and an absolute tolerance; any NaN is near any NaN. `found` may lie on the device.
+    fn tensors_near(&mut self, found: &Tensor, expected: &Tensor, relative: f64, absolute: f64) -> Result<()> {
+        let found = found.f_to_device(Device::Cpu)?;
+        self.all += expected.numel() as u64;
+        if found.size() != expected.size() || found.kind() != expected.kind() {
+            self.differing += expected.numel().max(1) as u64;
+            return Ok(());
+        }
+        let (found, expected) = (found.f_to_kind(Kind::Double)?, expected.f_to_kind(Kind::Double)?);
+        let slack = expected.f_abs()?.f_mul_scalar(relative)?.f_add_scalar(absolute)?;
+        let near =
+            found.f_sub(&expected)?.f_abs()?.f_le_tensor(&slack)?.f_logical_or(&found.f_eq_tensor(&expected)?)?;
+        let near = near.f_logical_or(&found.f_isnan()?.f_logical_and(&expected.f_isnan()?)?)?;
+        self.differing += i64::try_from(near.f_logical_not()?.f_sum(Kind::Int64)?)? as u64;
         Ok(())
     }
 

@@ -9,8 +9,8 @@ use super::kv_cache::{DecodeStep, KvCache, Places};
 use super::linear::Linear;
 use super::linear_input::LinearInput;
 use super::pass::Pass;
-use crate::Result;
 use crate::ops::packed_attention::Packing;
+use crate::{Result, ops};
 
 pub struct Attention {
     pub q_proj: Linear,
@@ -36,15 +36,6 @@ impl Rotary {
         let angle = Tensor::f_cat(&[&angle, &angle], 1)?.f_unsqueeze(1)?;
         Ok(Rotary { cos: angle.f_cos()?, sin: angle.f_sin()? })
     }
-
-    /// x [tokens, heads, head_dim] rotated, in f32, one rounding to x's dtype.
-    fn apply(&self, x: &Tensor) -> Result<Tensor> {
-        let x32 = x.f_to_kind(Kind::Float)?;
-        let halves = x32.f_chunk(2, -1)?;
-        let rotated = Tensor::f_cat(&[&halves[1].f_neg()?, &halves[0]], -1)?;
-        let y = x32.f_mul(&self.cos)?.f_add(&rotated.f_mul(&self.sin)?)?;
-        Ok(y.f_to_kind(x.kind())?)
-    }
 }
 
 /// How one pass attends.
@@ -69,8 +60,9 @@ impl Attention {
         let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
         let dim = config.head_dim as i64;
         let input = LinearInput::new(x);
-        let q = rotary.apply(&self.q_proj.forward_shared(&input, pass)?.f_view([-1, heads, dim])?)?;
-        let k = rotary.apply(&self.k_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?)?;
+        let q = self.q_proj.forward_shared(&input, pass)?.f_view([-1, heads, dim])?;
+        let k = self.k_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
+        let (q, k) = ops::rotary::rotary(&q, &k, &rotary.cos, &rotary.sin)?;
         let v = self.v_proj.forward_shared(&input, pass)?.f_view([-1, kv_heads, dim])?;
         let scale = 1.0 / (dim as f64).sqrt();
         let out = match attend {
@@ -82,11 +74,7 @@ impl Attention {
             }
             Attend::Decode { cache, step } => {
                 let (k, v) = cache.append(layer, &k, &v, step)?;
-                // The query heads of one kv head stand as rows of one small attention problem.
-                let q = q.f_view([-1, kv_heads, heads / kv_heads, dim])?;
-                let out =
-                    Tensor::f_scaled_dot_product_attention(&q, &k, &v, Some(step.mask()), 0.0, false, scale, false)?;
-                out.f_reshape([-1, heads * dim])?
+                ops::decode_attention::decode_attention(&q, &k, &v, step.lengths(), step.longest(), scale)?
             }
         };
         self.o_proj.forward(&out, pass)

@@ -47,22 +47,18 @@ impl Places {
 pub struct DecodeStep {
     rows: Tensor,      // i64 [rows]
     positions: Tensor, // i64 [rows]
-    mask: Tensor,      // bool [rows, 1, 1, longest]
+    lengths: Tensor,   // i64 [rows]
     longest: i64,
 }
 
 impl DecodeStep {
     /// `longest`: no row sees more positions.
     pub fn new(positions: &Tensor, longest: usize) -> Result<DecodeStep> {
-        let (device, longest) = (positions.device(), longest as i64);
-        let rows = positions.size()[0];
-        let columns = Tensor::f_arange(longest, (Kind::Int64, device))?;
-        let mask = columns.f_unsqueeze(0)?.f_le_tensor(&positions.f_unsqueeze(1)?)?;
         Ok(DecodeStep {
-            rows: Tensor::f_arange(rows, (Kind::Int64, device))?,
-            mask: mask.f_view([rows, 1, 1, longest])?,
+            rows: Tensor::f_arange(positions.size()[0], (Kind::Int64, positions.device()))?,
             positions: positions.shallow_clone(),
-            longest,
+            lengths: positions.f_add_scalar(1)?,
+            longest: longest as i64,
         })
     }
 
@@ -71,8 +67,14 @@ impl DecodeStep {
         &self.positions
     }
 
-    pub fn mask(&self) -> &Tensor {
-        &self.mask
+    /// i64 [rows]: the positions that each row sees.
+    pub fn lengths(&self) -> &Tensor {
+        &self.lengths
+    }
+
+    /// No length is larger.
+    pub fn longest(&self) -> i64 {
+        self.longest
     }
 }
 
@@ -81,7 +83,7 @@ impl KvCache {
     pub fn new(config: &Qwen2Config, rows: usize, positions: usize, kind: Kind, device: Device) -> Result<KvCache> {
         let capacity = positions.next_multiple_of(GROWTH);
         let (heads, dim) = (config.num_key_value_heads as i64, config.head_dim as i64);
-        // Zeros, since a place that is masked still enters a product, with weight 0.
+        // Zeros: on a CPU a place that is masked still enters a product, with weight 0.
         let zeros = || Tensor::f_zeros([rows as i64, heads, capacity as i64, dim], (kind, device));
         let layers = (0..config.num_hidden_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<Vec<_>>>()?;
         Ok(KvCache { layers: RefCell::new(layers), capacity })
@@ -116,13 +118,13 @@ impl KvCache {
         Ok(())
     }
 
-    /// Writes the new tokens' k, v [rows, kv_heads, head_dim]; returns both up to the step's longest.
+    /// Writes the new tokens' k, v [rows, kv_heads, head_dim]; returns all of both.
     pub fn append(&self, layer: usize, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<(Tensor, Tensor)> {
         let (keys, values) = &mut self.layers.borrow_mut()[layer];
         let index = [Some(&step.rows), None, Some(&step.positions)];
         let _ = keys.f_index_put_(&index, k, false)?;
         let _ = values.f_index_put_(&index, v, false)?;
-        Ok((keys.f_narrow(2, 0, step.longest)?, values.f_narrow(2, 0, step.longest)?))
+        Ok((keys.shallow_clone(), values.shallow_clone()))
     }
 
     /// Keeps `rows`, in this order, and drops the others.

@@ -1,14 +1,15 @@
 //! RMSNorm, with Adaptive Quantization Noise on its weight.
 //!
-//! y = w' * x / sqrt(mean(x^2) + eps): all in f32, one rounding to x's dtype. w' = w + m sigma z in the phases under AQN.
+//! The product of ops/rms_norm.rs with w' = w + m sigma z in the phases under AQN, with w in the others.
 
 use std::cell::RefCell;
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
+use crate::ops::rms_norm::{Normed, rms_norm};
 
 pub struct RmsNorm {
     pub index: u32,        // position in the model's module list
@@ -24,9 +25,16 @@ impl RmsNorm {
 
     /// x [tokens, hidden] -> [tokens, hidden].
     pub fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        let x32 = x.f_to_kind(Kind::Float)?;
-        let mean_square = x32.f_square()?.f_mean_dim([-1i64].as_slice(), true, Kind::Float)?;
-        let normalized = x32.f_mul(&mean_square.f_add_scalar(self.eps)?.f_rsqrt()?)?;
+        Ok(self.normed(x, None, pass)?.y)
+    }
+
+    /// x, delta [tokens, hidden] -> x + delta and its norm.
+    pub fn forward_after(&self, x: &Tensor, delta: &Tensor, pass: &Pass) -> Result<(Tensor, Tensor)> {
+        let Normed { residual, y, .. } = self.normed(x, Some(delta), pass)?;
+        Ok((residual, y))
+    }
+
+    fn normed(&self, x: &Tensor, delta: Option<&Tensor>, pass: &Pass) -> Result<Normed> {
         let noised = match pass.injector {
             Some(injector) if injector.aqn_applies(pass.phase) => {
                 self.aqn_weight.borrow().as_ref().map(Tensor::shallow_clone)
@@ -35,19 +43,16 @@ impl RmsNorm {
         };
         let leaf = self.weight.leaf();
         let Some(noised) = noised else {
-            return Ok(normalized.f_mul(leaf)?.f_to_kind(x.kind())?);
+            return rms_norm(x, delta, leaf, None, self.eps);
         };
         // leaf - leaf.detach() is exactly 0 and carries the gradient: the value is w' to the bit.
         let weight = if pass.differentiable { noised.f_add(&leaf.f_sub(&leaf.detach())?)? } else { noised };
-        let y = normalized.f_mul(&weight)?.f_to_kind(x.kind())?;
-        if pass.measure_norms
-            && let Some(injector) = pass.injector
-        {
-            let clean = normalized.f_mul(self.weight.value())?.f_to_kind(x.kind())?;
-            let changed = y.f_ne_tensor(&clean)?.f_sum(Kind::Int64)?;
-            injector.record_norm_output(self.index, i64::try_from(changed)? as u64, y.numel() as u64);
+        let measuring = pass.injector.filter(|_| pass.measure_norms);
+        let normed = rms_norm(x, delta, &weight, measuring.map(|_| self.weight.value()), self.eps)?;
+        if let (Some(injector), Some(changed)) = (measuring, &normed.changed) {
+            injector.record_norm_output(self.index, i64::try_from(changed)? as u64, normed.y.numel() as u64);
         }
-        Ok(y)
+        Ok(normed)
     }
 
     /// Sets or removes the noised weight that the phases under AQN use.

@@ -15,6 +15,7 @@ use super::quantized::quantize_weights;
 use crate::Result;
 use crate::ops::autograd::exact_products;
 use crate::ops::embedding::embedding;
+use crate::ops::swiglu::swiglu;
 
 pub struct Mlp {
     pub gate_proj: Linear,
@@ -25,8 +26,9 @@ pub struct Mlp {
 impl Mlp {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let input = LinearInput::new(x);
-        let gate = self.gate_proj.forward_shared(&input, pass)?.f_silu()?;
-        self.down_proj.forward(&gate.f_mul(&self.up_proj.forward_shared(&input, pass)?)?, pass)
+        let gate = self.gate_proj.forward_shared(&input, pass)?;
+        let up = self.up_proj.forward_shared(&input, pass)?;
+        self.down_proj.forward(&swiglu(&gate, &up)?, pass)
     }
 }
 
@@ -168,8 +170,8 @@ impl Qwen2 {
     pub fn block(&self, layer: usize, x: &Tensor, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Tensor> {
         let block = &self.blocks[layer];
         let normed = block.input_layernorm.forward(x, pass)?;
-        let x = x.f_add(&block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?)?;
-        let normed = block.post_attention_layernorm.forward(&x, pass)?;
+        let attention = block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?;
+        let (x, normed) = block.post_attention_layernorm.forward_after(x, &attention, pass)?;
         Ok(x.f_add(&block.mlp.forward(&normed, pass)?)?)
     }
 

@@ -38,6 +38,7 @@ fn every_fatbin_holds_every_architecture() {
     let names: Vec<&str> = EMBEDDED.iter().map(|k| k.name).collect();
     let files = [
         "amax",
+        "decode_attention",
         "fake_quant_fp8",
         "fake_quant_mxfp4",
         "fake_quant_nvfp4",
@@ -49,6 +50,10 @@ fn every_fatbin_holds_every_architecture() {
         "matmul_tn",
         "matmul_w4",
         "noise",
+        "rms_norm",
+        "rotary",
+        "sample",
+        "swiglu",
     ];
     let has_hopper = ARCHES.contains(&"sm_90a");
     let expected: Vec<&str> = files.into_iter().filter(|file| has_hopper || !file.ends_with("_sm90")).collect();
@@ -109,6 +114,10 @@ fn most_registers(kernel: &str) -> u32 {
     let (threads, resident) = match kernel {
         _ if kernel.ends_with("_errors") || kernel.contains("4over6") => (256, 2),
         _ if kernel.starts_with("noise") || kernel == "matmul_f32" => (256, 2),
+        _ if kernel.starts_with("rms_norm") && kernel.ends_with("_wide") => (256, 1),
+        _ if kernel == "sample" => (1024, 1),
+        _ if kernel.starts_with("decode_attention_join") => (128, 8),
+        _ if kernel.starts_with("decode_attention") => (128, 2),
         _ if kernel.contains("sm90") => (384, 1),
         _ if kernel.contains("64x128") => (128, 3),
         _ if kernel.contains("w4_64x256") => (128, 1),
@@ -124,5 +133,9 @@ fn most_registers(kernel: &str) -> u32 {
 
 /// Bytes. What a launch asks for besides (src/ops/cuda/matmul/tile.rs) stays below the 163 KiB that a block of an A100 can have.
 fn most_static_shared(kernel: &str) -> u32 {
-    if kernel == "matmul_f32" { 16 << 10 } else { 1024 }
+    match kernel {
+        "matmul_f32" => 16 << 10,
+        _ if kernel.starts_with("decode_attention_") && !kernel.contains("join") => 37 << 10,
+        _ => 1024,
+    }
 }

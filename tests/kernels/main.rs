@@ -5,6 +5,7 @@
 
 mod bench;
 mod codecs;
+mod decode_attention;
 mod embedded;
 mod fake_quant;
 mod ffi;
@@ -15,6 +16,10 @@ mod mutation;
 mod noise;
 mod packed;
 mod preconditions;
+mod rms_norm;
+mod rotary;
+mod sampling;
 mod selftest;
 mod shim;
 mod support;
+mod swiglu;

@@ -10,11 +10,15 @@ use tch::{Device, Kind, Tensor};
 use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::format::Format;
+use temper::ops::cuda::decode_attention::{Heads, decode_attention};
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
 use temper::ops::cuda::launch::{Boxes, Executor, Launch, Properties, TensorMap};
 use temper::ops::cuda::matmul::{self, Layout, PackedWeight, Product, choices};
 use temper::ops::cuda::noise::{Destination, Law, Noisy, SUMS, add_noise};
+use temper::ops::cuda::rms_norm::{self, NormBackward};
+use temper::ops::cuda::sampling;
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
+use temper::ops::sampling::SamplingRule;
 use temper::{Error, Result};
 
 use crate::host::{ORDERS, Shim};
@@ -98,6 +102,26 @@ fn results(executor: &dyn Executor) -> Result<Made> {
     let noisy = Noisy { y: &x, into: Destination::Store(&out), bias: None, keys: &keys, scale: 0.05, stream: 1 };
     add_noise(executor, &law, &[noisy])?;
     found.extend([bytes(&out), bytes(&sums)]);
+    // Several rows a block, several parts.
+    let norm = NormBackward {
+        s: &x.clamp(-8.0, 8.0),
+        dy: &x.clamp(-1.0, 1.0),
+        ds: None,
+        weight: &Tensor::ones([272], (Kind::Float, Device::Cpu)),
+        eps: 1e-6,
+        wants_dweight: true,
+    };
+    let gradients = rms_norm::backward(executor, &norm)?;
+    found.push(bytes(&gradients.dx));
+    found.extend(gradients.dweight.iter().map(bytes));
+    let rule = SamplingRule { greedy: false, temperature: 1.0, top_p: 1.0, top_k: 0, seed: 3, stream: 9 };
+    let logits = tensor(&nasty(3, 5000, 7, false), 3, 5000, Kind::Float).clamp(-8.0, 8.0);
+    let (ids, logprobs) = sampling::sample(executor, &logits, &Tensor::from_slice(&[1i64, 2, 3]), &rule)?;
+    found.extend([bytes(&ids), bytes(&logprobs)]);
+    let cache = tensor(&nasty(60, 64, 8, false), 60, 64, Kind::Float).clamp(-8.0, 8.0).view([1, 1, 60, 64]);
+    let (q, lengths) = (cache.narrow(2, 0, 4).contiguous().view([1, 4, 64]), Tensor::from_slice(&[55i64]));
+    let heads = Heads { q: &q, keys: &cache, values: &cache, lengths: &lengths, longest: 60, scale: 0.1 };
+    found.push(bytes(&decode_attention(executor, &heads)?));
     // Two splits of several stages each.
     for (kind, splits) in [(Kind::BFloat16, 1), (Kind::BFloat16, 2), (Kind::Float, 1)] {
         let a: Vec<f32> = nasty(130, 544, 3, false).iter().map(|v| v.clamp(-8.0, 8.0)).collect();

@@ -1,4 +1,8 @@
-//! What the batched kernels share: several matrices in one launch, cut into tiles that are the blocks of the grid.
+//! What kernels share: several matrices in one launch, cut into tiles that are the blocks of the grid; names and alignment.
+
+use std::ffi::c_void;
+
+use tch::Kind;
 
 use crate::{Error, Result};
 
@@ -41,6 +45,24 @@ pub fn tiles(name: &str, rows: usize, units_of_row: usize, tile: u32) -> Result<
         return Err(Error::Runtime(format!("{name}: {rows} rows of {units_of_row} units are too many for one launch")));
     }
     Ok((units as u32).div_ceil(tile))
+}
+
+/// How the names of the kernels of a dtype end.
+///
+/// # Errors
+/// `Runtime` naming the tensor, where there are none.
+pub fn dtype_suffix(name: &str, kind: Kind) -> Result<&'static str> {
+    match kind {
+        Kind::Float => Ok("f32"),
+        Kind::BFloat16 => Ok("bf16"),
+        Kind::Half => Ok("f16"),
+        other => Err(Error::Runtime(format!("{name}: found dtype {other:?}, expected f32, bf16 or f16"))),
+    }
+}
+
+/// Whether octets can be read at once: everything to 16 bytes. Null is.
+pub fn are_aligned<const N: usize>(pointers: [*mut c_void; N]) -> bool {
+    pointers.iter().all(|pointer| (*pointer as usize).is_multiple_of(16))
 }
 
 #[cfg(test)]
