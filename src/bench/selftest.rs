@@ -6,6 +6,7 @@ mod fake_quant;
 mod matmul;
 mod noise;
 mod small_ops;
+mod torch;
 
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
@@ -74,6 +75,8 @@ pub fn run(executor: &dyn Executor, sizes: &Sizes, progress: &dyn Fn(&str)) -> R
     small_ops::checks(executor, sizes, &mut checks)?;
     progress("sample, decode_attention");
     decoding::checks(executor, &mut checks)?;
+    progress("packed_attention, cuda_graph");
+    torch::checks(executor, &mut checks)?;
     Ok(checks)
 }
 

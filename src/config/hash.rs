@@ -8,7 +8,7 @@ use super::Config;
 /// Keys that change when or where something happens, never what is computed.
 const OPERATIONAL: [(&str, &[&str]); 3] = [
     ("", &["name", "seed"]),
-    ("rollout", &["max_sequences"]),
+    ("rollout", &["max_sequences", "enforce_eager"]),
     (
         "trainer",
         &[

@@ -201,6 +201,14 @@ impl Injector {
         self.measured().record_activation(index, forward_phase(phase), applied.format, scale, sums);
     }
 
+    /// The forward products of `phase` ran again, in a CUDA graph.
+    pub fn count_replay(&self, phase: Phase) {
+        let sinks = self.sinks.lock().unwrap_or_else(|p| p.into_inner());
+        let forward =
+            sinks.iter().filter(|((_, direction, of), _)| *direction == MatmulDirection::Forward && *of == phase);
+        forward.for_each(|(_, sink)| sink.count_replay());
+    }
+
     /// What was measured of products so far stays, whatever [`forget`](Injector::forget) drops.
     pub fn settle(&self) {
         self.sinks.lock().unwrap_or_else(|p| p.into_inner()).values().for_each(SumsSink::settle);

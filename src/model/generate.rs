@@ -58,6 +58,7 @@ pub struct Request<'a> {
     /// False: the plain definition.
     pub kv_cache: bool,
     pub batching: Batching,
+    pub warn: &'a dyn Fn(&str),
 }
 
 /// How sequences share the device.
@@ -68,6 +69,8 @@ pub struct Batching {
     /// Tokens computed between two looks at which sequences have ended. None: 1 on a CPU, 8 on a GPU, where a look waits
     /// for the device.
     pub check_every: Option<usize>,
+    /// No CUDA graphs: every operation of a step is launched by itself.
+    pub enforce_eager: bool,
 }
 
 pub struct Completion {
@@ -105,8 +108,17 @@ impl<'a> Request<'a> {
         stop_ids: &'a [u32],
         sampling: &'a Sampling,
     ) -> Request<'a> {
-        let (kv_cache, batching) = (true, Batching::default());
-        Request { prompts, group_size, max_new_tokens, limits: None, stop_ids, sampling, kv_cache, batching }
+        Request {
+            prompts,
+            group_size,
+            max_new_tokens,
+            limits: None,
+            stop_ids,
+            sampling,
+            kv_cache: true,
+            batching: Batching::default(),
+            warn: &|_| {},
+        }
     }
 
     fn sequences(&self) -> usize {

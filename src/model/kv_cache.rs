@@ -89,10 +89,15 @@ impl KvCache {
         Ok(KvCache { layers: RefCell::new(layers), capacity })
     }
 
-    /// Makes room for sequences of `positions` tokens.
-    pub fn reserve(&mut self, positions: usize) -> Result<()> {
+    /// Positions that there is room for.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Makes room for sequences of `positions` tokens; whether the memory moved for it.
+    pub fn reserve(&mut self, positions: usize) -> Result<bool> {
         if positions <= self.capacity {
-            return Ok(());
+            return Ok(false);
         }
         let capacity = positions.next_multiple_of(GROWTH);
         let grown = |old: &Tensor| -> Result<Tensor> {
@@ -106,7 +111,7 @@ impl KvCache {
             *values = grown(values)?;
         }
         self.capacity = capacity;
-        Ok(())
+        Ok(true)
     }
 
     /// Stores what a full pass computed: k, v [tokens, kv_heads, head_dim].

@@ -141,6 +141,12 @@ impl SumsSink {
         Ok(sums)
     }
 
+    /// A call more whose sums arrive without it: a CUDA graph has the address of the device's.
+    pub fn count_replay(&self) {
+        let newest = &mut self.state().newest;
+        newest.calls += u64::from(newest.on_device.is_some());
+    }
+
     /// What was measured so far stays, whatever [`forget`](SumsSink::forget) drops.
     pub fn settle(&self) {
         let state = &mut *self.state();

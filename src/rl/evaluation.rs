@@ -123,7 +123,7 @@ impl Evaluation<'_> {
             .collect();
         let (sampling, stop_ids) = (Sampling::greedy(), &self.model.config.eos_token_ids);
         let request = Request {
-            batching: Batching { max_sequences: Some(self.batch_size), check_every: None },
+            batching: Batching { max_sequences: Some(self.batch_size), ..Batching::default() },
             ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
         };
         let completions = generate(self.model, &request, pass, progress)?;

@@ -58,7 +58,12 @@ pub fn rollout(
         // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
         let at_once = (most >> *halvings).max(group);
         let request = Request {
-            batching: Batching { max_sequences: Some(at_once), check_every: None },
+            batching: Batching {
+                max_sequences: Some(at_once),
+                enforce_eager: recipe.rollout.enforce_eager,
+                ..Batching::default()
+            },
+            warn,
             ..Request::new(&prompts, group, most_tokens, &model.config.eos_token_ids, &sampling)
         };
         match generate(model, &request, &pass, &mut progress) {

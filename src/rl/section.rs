@@ -18,11 +18,20 @@ pub struct RolloutSection {
     pub top_k: usize,
     /// Most sequences decoded at once, whole groups; others follow as they end. null: all of a step.
     pub max_sequences: Option<usize>,
+    /// No CUDA graphs in decoding.
+    pub enforce_eager: bool,
 }
 
 impl Default for RolloutSection {
     fn default() -> RolloutSection {
-        RolloutSection { group_size: 5, temperature: 1.0, top_p: 1.0, top_k: 0, max_sequences: None }
+        RolloutSection {
+            group_size: 5,
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            max_sequences: None,
+            enforce_eager: false,
+        }
     }
 }
 

@@ -88,13 +88,12 @@ fn unused_keys_and_reproduced_defects_are_said() {
     assert_eq!(json["unused_keys"][0], "noise_injection.num_stages");
     assert!(String::from_utf8(output.stderr).unwrap().contains("noise_injection.num_stages: set, but not used"));
 
-    let output =
-        set(&[
-            "noise_injection.compat=original",
-            "noisy_ops.exclude_modules=[]",
-            "noisy_ops.dw_draw=per_microbatch",
-            "trainer.microbatch_tokens=null",
-        ]);
+    let output = set(&[
+        "noise_injection.compat=original",
+        "noisy_ops.exclude_modules=[]",
+        "noisy_ops.dw_draw=per_microbatch",
+        "trainer.microbatch_tokens=null",
+    ]);
     let json: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(json["notices"].as_array().unwrap().len(), 4);
     assert!(json["sigma"].as_array().unwrap().iter().all(|s| s["sigma"] == 0.0));

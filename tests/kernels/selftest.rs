@@ -27,6 +27,7 @@ fn every_check_passes() {
         "rotary",
         "sample",
         "decode_attention",
+        "packed_attention",
     ] {
         assert!(checks.iter().any(|check| check.kernel == kernel), "{kernel}");
     }

@@ -34,7 +34,7 @@ fn no_keys() -> RowKeys {
 
 fn batchings() -> Vec<Batching> {
     [(None, 1), (None, 8), (Some(GROUP), 1), (Some(7), 3), (Some(13), 8), (Some(1), 50)]
-        .map(|(max_sequences, every)| Batching { max_sequences, check_every: Some(every) })
+        .map(|(max_sequences, every)| Batching { max_sequences, check_every: Some(every), ..Batching::default() })
         .to_vec()
 }
 

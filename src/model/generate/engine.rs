@@ -7,14 +7,15 @@ use tch::{Device, Kind, Tensor};
 
 use super::rows::Rows;
 use super::{Completion, Prompt, Request};
-use crate::Result;
 use crate::model::attention::Attend;
 use crate::model::kv_cache::{DecodeStep, KvCache, Places};
 use crate::model::pass::{Pass, Sequence, ids_tensor};
 use crate::model::qwen2::Qwen2;
+use crate::ops::cuda::torch_graph::TorchGraph;
 use crate::ops::matmul_error::RowKeys;
 use crate::ops::packed_attention::Packing;
 use crate::ops::sampling::{SamplingRule, sample};
+use crate::{Error, Result};
 
 /// Prompt tokens of one pass: enough to fill a GPU, and few enough that what they compute stays small.
 const PREFILL_TOKENS: usize = 16384;
@@ -28,12 +29,14 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
     let check_every = request.batching.check_every.unwrap_or(if on_cpu { 1 } else { 8 }).max(1);
     let longest_prompt = request.prompts.iter().map(|prompt| prompt.ids.len()).max().unwrap_or(0);
     let mut engine = Engine {
+        request,
         model,
         pass,
         rule: request.sampling.rule()?,
         cache: KvCache::new(&model.config, rows.len(), longest_prompt + check_every, model.kind(), model.device())?,
         state: State::of(&rows, check_every, model.device())?,
         measure_norms: pass.measure_norms,
+        graph: if request.batching.enforce_eager { Replay::Never } else { Replay::Cold },
     };
     while !rows.finished() {
         let begun = rows.begin();
@@ -128,7 +131,18 @@ impl State {
     }
 }
 
+/// A decode step as a CUDA graph: one call for its hundreds of launches.
+enum Replay {
+    Never,
+    /// The step has not run with the tensors that there are now.
+    Cold,
+    /// It has run once: all kernels are loaded.
+    Warm,
+    Captured(TorchGraph),
+}
+
 struct Engine<'a> {
+    request: &'a Request<'a>,
     model: &'a Qwen2,
     pass: &'a Pass<'a>,
     rule: SamplingRule,
@@ -136,6 +150,7 @@ struct Engine<'a> {
     state: State,
     /// Norms are measured in the first pass alone.
     measure_norms: bool,
+    graph: Replay,
 }
 
 impl Engine<'_> {
@@ -197,10 +212,51 @@ impl Engine<'_> {
 
     /// The next token of every row.
     fn decode(&mut self) -> Result<()> {
-        self.cache.reserve(self.state.longest)?;
-        self.step(self.state.longest)?;
+        if self.cache.reserve(self.state.longest)? {
+            self.tensors_moved();
+        }
+        match self.model.device() {
+            Device::Cuda(index) if !matches!(self.graph, Replay::Never) => self.replay(index)?,
+            _ => self.step(self.state.longest)?,
+        }
         self.state.longest += 1;
         Ok(())
+    }
+
+    /// A step whose launches are the same every time, whatever the lengths.
+    fn replay(&mut self, index: usize) -> Result<()> {
+        let capacity = self.cache.capacity();
+        if matches!(self.graph, Replay::Warm) {
+            // A capture counts the step's products, but runs none of them: that does the first replay.
+            match TorchGraph::capture(index, &mut || self.step(capacity)) {
+                Ok(graph) => {
+                    graph.replay()?;
+                    self.graph = Replay::Captured(graph);
+                    return Ok(());
+                }
+                Err(Error::OutOfMemory(message)) => return Err(Error::OutOfMemory(message)),
+                Err(error) => {
+                    (self.request.warn)(&format!("decoding without CUDA graphs: {error}"));
+                    self.graph = Replay::Never;
+                }
+            }
+        }
+        if let Replay::Captured(graph) = &self.graph {
+            graph.replay()?;
+            self.pass.injector.iter().for_each(|injector| injector.count_replay(self.pass.phase));
+            return Ok(());
+        }
+        self.step(capacity)?;
+        if matches!(self.graph, Replay::Cold) {
+            self.graph = Replay::Warm;
+        }
+        Ok(())
+    }
+
+    fn tensors_moved(&mut self) {
+        if !matches!(self.graph, Replay::Never) {
+            self.graph = Replay::Cold;
+        }
     }
 
     /// What a token takes on the device; no row sees more than `longest` positions.
@@ -237,6 +293,7 @@ impl Engine<'_> {
 
     /// Keeps the rows that are at work.
     fn keep(&mut self, rows: &[usize]) -> Result<()> {
+        self.tensors_moved();
         let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
         self.cache.keep_rows(&Tensor::f_from_slice(&rows)?.f_to_device(self.model.device())?)
     }

@@ -127,7 +127,7 @@ mod tests {
         let limits = [1, 3, 2, 2, 1, 1, 4, 4, 1, 2];
         let request = Request {
             limits: Some(&limits),
-            batching: Batching { max_sequences: Some(5), check_every: None },
+            batching: Batching { max_sequences: Some(5), ..Batching::default() },
             ..Request::new(&prompts, 2, 0, &[], &sampling)
         };
         let mut rows = Rows::new(&request);
