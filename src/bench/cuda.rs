@@ -3,6 +3,7 @@
 //! the L2 cache.
 
 mod choices;
+mod decoding;
 mod fake_quant;
 mod matmul;
 mod noise;
@@ -15,6 +16,7 @@ use super::{Options, Row};
 use crate::Result;
 use crate::ops::cuda::launch::{Executor, Prepared};
 use crate::ops::cuda::matmul::MeasuredChoice;
+pub use decoding::Cache;
 pub use matmul::Model;
 
 /// The matrices that are timed.
@@ -39,6 +41,10 @@ pub struct Shapes {
     pub gates: &'static [(usize, usize)],
     /// Queries and keys that are rotated: (tokens, heads, kv_heads, dim).
     pub heads: &'static [(usize, usize, usize, usize)],
+    /// Of which the next tokens are chosen [rows, vocab].
+    pub logits: &'static [(usize, usize)],
+    /// Caches that one new token a sequence attends to.
+    pub caches: &'static [Cache],
     /// The inputs of one kind hold at least this much together.
     pub rotated_bytes: usize,
 }
@@ -70,6 +76,13 @@ pub const GPU: Shapes = Shapes {
     streams: &[(64, 1536), (4096, 1536), (16384, 1536), (4096, 3584)],
     gates: &[(64, 8960), (4096, 8960), (16384, 8960), (4096, 18944)],
     heads: &[(64, 12, 2, 128), (4096, 12, 2, 128), (16384, 12, 2, 128)],
+    logits: &[(8, 151_936), (64, 151_936), (512, 151_936)],
+    caches: &[
+        Cache { rows: 8, heads: 12, kv_heads: 2, capacity: 1024, dim: 128 },
+        Cache { rows: 64, heads: 12, kv_heads: 2, capacity: 1024, dim: 128 },
+        Cache { rows: 512, heads: 12, kv_heads: 2, capacity: 1024, dim: 128 },
+        Cache { rows: 64, heads: 28, kv_heads: 4, capacity: 1024, dim: 128 },
+    ],
     rotated_bytes: 256 << 20,
 };
 
@@ -95,6 +108,7 @@ pub fn rows(executor: &dyn Executor, clock: &dyn Clock, shapes: &Shapes, options
     rows.extend(noise::rows(&device, options)?);
     rows.extend(matmul::rows(&device, options)?);
     rows.extend(small_ops::rows(&device, options)?);
+    rows.extend(decoding::rows(&device, options)?);
     Ok(rows)
 }
 

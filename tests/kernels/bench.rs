@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use temper::bench::cuda::{Formats, Model, Shapes, choices, rows};
+use temper::bench::cuda::{Cache, Formats, Model, Shapes, choices, rows};
 use temper::bench::timing::Clock;
 use temper::bench::{Options, Row};
 use temper::ops::cpu::path::Path;
@@ -23,6 +23,8 @@ const SHAPES: Shapes = Shapes {
     streams: &[(6, 64)],
     gates: &[(5, 72)],
     heads: &[(3, 4, 2, 16)],
+    logits: &[(2, 70)],
+    caches: &[Cache { rows: 2, heads: 4, kv_heads: 2, capacity: 40, dim: 64 }],
     rotated_bytes: 3 * 32 * 64 * 2,
 };
 
@@ -100,7 +102,7 @@ fn products_stand_beside_torchs_and_a_ceiling() {
     assert!(noisy.baseline_ratio.is_some() && noisy.torch_chain_ratio.is_some());
 }
 
-const SMALL_OPS: [&str; 3] = ["rms_norm", "swiglu", "rotary"];
+const SMALL_OPS: [&str; 5] = ["rms_norm", "swiglu", "rotary", "sample", "decode_attention"];
 
 #[test]
 fn small_operations_stand_beside_their_chains() {
@@ -110,6 +112,8 @@ fn small_operations_stand_beside_their_chains() {
         ("swiglu", 3 * 2 * 5 * 72),
         ("swiglu, backward", 5 * 2 * 5 * 72),
         ("rotary", 2 * 2 * 3 * 6 * 16 + 2 * 4 * 3 * 16),
+        ("sample", 4 * 2 * 70),
+        ("decode_attention", 2 * 2 * 2 * 2 * 40 * 64),
     ] {
         let rows = measured(Some(name.split(',').next().unwrap()));
         let row = rows.iter().find(|row| row.name == name).unwrap();

@@ -38,19 +38,20 @@ pub fn rows(device: &OnDevice, options: &Options) -> Result<Vec<Row>> {
 }
 
 /// What is timed for one row: a kernel's calls in turns and the chain that it stands for.
-struct Beside<'a> {
-    name: &'a str,
-    shape: &'a [usize],
-    calls: &'a [Prepared],
-    chain: &'a dyn Fn(usize) -> Result<()>,
+pub struct Beside<'a> {
+    pub name: &'a str,
+    pub shape: &'a [usize],
+    pub calls: &'a [Prepared],
+    pub chain: &'a dyn Fn(usize) -> Result<()>,
     /// That the kernel has to move.
-    bytes: usize,
+    pub bytes: usize,
     /// Whose copy shows what the memory can do.
-    copied: &'a [Tensor],
+    pub copied: &'a [Tensor],
 }
 
 impl Beside<'_> {
-    fn row(&self, device: &OnDevice) -> Result<Row> {
+    /// In bf16.
+    pub fn row(&self, device: &OnDevice) -> Result<Row> {
         let to = self.copied.iter().map(|x| Ok(x.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
         let copy = |turn: usize| {
             let place = turn % to.len();
