@@ -3,6 +3,7 @@
 pub mod advantage;
 pub mod evaluation;
 pub mod loss;
+pub mod lr_schedule;
 pub mod metrics;
 pub mod optimizer;
 pub mod recipe;

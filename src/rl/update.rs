@@ -55,6 +55,7 @@ struct MicroBatch<'a> {
     advantages: Vec<f32>, // [sequences]
     lengths: Vec<usize>,  // response tokens of each sequence
     old: Tensor,          // f32 [response tokens]
+    sampled: Tensor,      // f32 [response tokens], as the rollout had them
     reference: Option<Tensor>,
 }
 
@@ -76,6 +77,7 @@ impl Updater<'_> {
         let updates = summary.updates as f64;
         summary.loss.policy_loss /= updates;
         summary.loss.kl_loss /= updates;
+        summary.loss.entropy_loss /= updates;
         summary.grad_norm /= (summary.updates - summary.skipped).max(1) as f64;
         summary.entropy = entropy_sum / f64::max(tokens, 1.0);
         summary.seconds_update = started.elapsed().as_secs_f64();
@@ -108,6 +110,7 @@ impl Updater<'_> {
                     lengths: sequences.iter().map(|s| s.response().len()).collect(),
                     sequences,
                     old,
+                    sampled,
                     reference,
                 });
             }
@@ -183,6 +186,8 @@ impl Updater<'_> {
             new_logprobs: &logprobs,
             old_logprobs: &microbatch.old,
             ref_logprobs: microbatch.reference.as_ref(),
+            rollout_logprobs: Some(&microbatch.sampled),
+            entropy: Some(&entropy),
             advantages: &advantages,
             mask: None,
             sequence_lengths: &microbatch.lengths,
@@ -194,7 +199,7 @@ impl Updater<'_> {
                 None => run_backward(&output.loss)?,
             }
         }
-        Ok((output.metrics, f64::try_from(entropy.f_sum(Kind::Double)?)?))
+        Ok((output.metrics, f64::try_from(entropy.f_detach()?.f_sum(Kind::Double)?)?))
     }
 
     /// dW's error per update, clipping, AdamW, rounding into the compute weights. True when the update was skipped.

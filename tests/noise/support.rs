@@ -15,6 +15,8 @@ use temper::model::qwen2::Qwen2;
 use temper::model::tokenizer::Tokenizer;
 use temper::numerics::generator::uniform_u32;
 use temper::rl::recipe::{PreparedQuestion, Recipe, prepare};
+use temper::rl::reward::scorer::Scorer;
+use temper::rl::rollout::{Rollout, Sampler};
 use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
 use temper::run::console::{Console, Verbosity};
 use temper::run::signals::Interrupt;
@@ -33,6 +35,19 @@ pub fn trainable(mut model: Qwen2) -> Qwen2 {
         parameter.make_trainable().unwrap();
     }
     model
+}
+
+/// The experience of training step 1 on these questions.
+pub fn first_step(
+    model: &Qwen2,
+    injector: &Injector,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+    questions: &[PreparedQuestion],
+) -> Rollout {
+    let scorer = Scorer::new(&recipe.reward).unwrap();
+    let all: Vec<_> = questions.iter().collect();
+    Sampler { model, injector, tokenizer, recipe, scorer: &scorer, step: 1 }.rollout(&all, &[], |_| {}).unwrap()
 }
 
 /// 5 % matmul noise on every linear, the head included.
