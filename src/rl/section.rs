@@ -3,11 +3,12 @@
 //! Defaults are the recipe of the E5/E9 family: 128 prompts x group of 5, 4 updates a step, AdamW
 //! at a constant 5e-7, clip .2/.2, dual clip 3, KL .001 (k3), token mean.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::stop_rules::StopRule;
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RolloutSection {
     /// Responses per prompt; the advantage compares them, so at least 2.
@@ -25,7 +26,7 @@ impl Default for RolloutSection {
 }
 
 /// How rewards of a group become advantages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Advantage {
     /// (R - mean) / (std + 1e-6) over the group.
@@ -39,7 +40,7 @@ pub enum Advantage {
 }
 
 /// How token losses become one number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Aggregation {
     /// Mean over all tokens of the optimizer batch.
@@ -51,7 +52,7 @@ pub enum Aggregation {
 }
 
 /// Estimator of KL(policy || reference) per token, x = ref - new: -x, x^2/2, e^x - 1 - x.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KlEstimator {
     K1,
@@ -60,7 +61,7 @@ pub enum KlEstimator {
 }
 
 /// Whose probabilities the ratio compares.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RatioLevel {
     /// Each token's.
@@ -69,7 +70,7 @@ pub enum RatioLevel {
     Sequence,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AlgorithmSection {
     pub advantage: Advantage,
@@ -92,7 +93,7 @@ pub struct AlgorithmSection {
 }
 
 /// Groups whose rewards are all equal are replaced by further questions (DAPO).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DynamicSampling {
     /// Rounds of sampling a step, the first included; then it trains on what there is.
@@ -124,7 +125,7 @@ impl Default for AlgorithmSection {
 }
 
 /// What the learning rate does after warm-up, over the run's optimizer updates.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LrSchedule {
     Constant,
@@ -134,7 +135,7 @@ pub enum LrSchedule {
     Cosine,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerSection {
     pub lr: f64,
@@ -170,7 +171,7 @@ impl Default for OptimizerSection {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainerSection {
     pub epochs: u64,
@@ -223,7 +224,7 @@ impl Default for TrainerSection {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardKind {
     /// An answer as GSM8K has it, found by `mode`.
@@ -235,7 +236,7 @@ pub enum RewardKind {
 }
 
 /// How an answer is taken out of a response.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardMode {
     /// The last `#### number` of the last 300 characters, string equality.
@@ -246,7 +247,7 @@ pub enum RewardMode {
     Numeric,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RewardSection {
     pub kind: RewardKind,
@@ -291,7 +292,7 @@ impl RewardSection {
 }
 
 /// factor * clip((max_response_tokens - buffer_tokens - tokens) / buffer_tokens, -1, 0), added to the reward (DAPO).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Overlong {
     pub buffer_tokens: usize,
@@ -305,7 +306,7 @@ impl Default for Overlong {
 }
 
 /// One part of a sum.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RewardPart {
     pub kind: RewardKind,

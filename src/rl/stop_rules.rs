@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -15,7 +16,7 @@ use crate::inject::section::{FakeQuantSection, InjectPhase, NoiseInjectionSectio
 use crate::run::stopped::{Comparison, Stopped};
 use crate::{Error, Result, input_error};
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StopRule {
     /// null: the metric and its bound.
