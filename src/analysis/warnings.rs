@@ -122,7 +122,10 @@ fn questions(arms: &[Arm<&RunFiles>], members: &[Member], differences: &[KeyDiff
         "data.train_limit",
         "data.prompt_suffix",
         "data.max_response_tokens",
+        "reward.kind",
         "reward.mode",
+        "reward.command",
+        "reward.sum",
     ] {
         if differences.iter().any(|difference| difference.key == key) {
             let value = |member: &Member| Some(shown(value_at(&member.files.config, key)));

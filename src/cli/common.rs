@@ -16,6 +16,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::format::Format;
 use crate::rl::recipe::{Recipe, prepare};
+use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::{Workload, check_lengths};
 use crate::run::console::{Console, Verbosity};
 use crate::{Error, Result, bail_input};
@@ -128,6 +129,8 @@ pub fn check_inputs(config: &Config) -> Result<()> {
     let (shapes, model_dir) = model_config(config)?;
     let workload = workload(config, true)?;
     check_lengths(&recipe(config), &workload, &shapes)?;
+    // Starts a reward's command and ends it again: is it there?
+    Scorer::new(&config.reward)?;
     match model_dir {
         Some(dir) => Checkpoint::open(&dir)?.check(&shapes),
         None => Ok(()),

@@ -11,6 +11,7 @@ use super::{Global, common, results};
 use crate::config::Config;
 use crate::model::load::{kind_of, load_model};
 use crate::rl::evaluation::{Answer, Condition, Evaluation};
+use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::check_lengths;
 use crate::run::jsonl::JsonlWriter;
 use crate::{Error, Result, bail_input};
@@ -60,11 +61,12 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let model = load_model(&dir, device, Some(kind_of(config.model.dtype)))?;
     let recipe = common::recipe(&config);
     check_lengths(&recipe, &workload, &model.config)?;
+    let scorer = Scorer::new(&recipe.reward)?;
     let evaluation = Evaluation {
         model: &model,
         tokenizer: &workload.tokenizer,
         questions: &workload.val,
-        mode: recipe.reward.mode,
+        scorer: &scorer,
         max_new_tokens: recipe.data.max_response_tokens,
         batch_size: recipe.trainer.val_batch_size,
     };
@@ -80,6 +82,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         let mut bar = console.progress(label, n);
         let answers = evaluation.run(&condition.pass(injector), |done| bar.inc(done as u64))?;
         bar.finish();
+        scorer.take_warnings().iter().for_each(|warning| console.warn(warning));
         Ok::<_, Error>(answers)
     };
     let mut writer = args.answers.as_deref().map(AnswersFile::begin).transpose()?;

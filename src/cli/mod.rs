@@ -5,6 +5,7 @@
 pub mod bench;
 mod common;
 pub mod compare;
+pub mod config;
 pub mod doctor;
 pub mod eval;
 mod eval_robustness;
@@ -101,6 +102,8 @@ enum Command {
     Validate(validate::Args),
     /// Print the sigma of every training step and what is injected into every module
     Plan(plan::Args),
+    /// A configuration as it resolves, the difference of two, the JSON Schema for editors
+    Config(config::Args),
     /// Times of the operations beside baselines taken in the same run
     Bench(bench::Args),
     /// Every kernel on this machine's GPU against the CPU, bit for bit
@@ -179,6 +182,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Scan(args) => scan::run(args, &cli.global),
         Command::Validate(args) => validate::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),
+        Command::Config(args) => config::run(args, &cli.global),
         Command::Bench(args) => bench::run(args, &cli.global),
         Command::Selftest(args) => selftest::run(args, &cli.global),
         Command::Gpu(args) => gpu::run(args, &cli.global),

@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 use super::Config;
 
 /// Keys that change when or where something happens, never what is computed.
-const OPERATIONAL: [(&str, &[&str]); 3] = [
+const OPERATIONAL: [(&str, &[&str]); 4] = [
     ("", &["name", "seed"]),
     ("rollout", &["max_sequences", "enforce_eager"]),
     (
@@ -24,18 +24,29 @@ const OPERATIONAL: [(&str, &[&str]); 3] = [
             "keep_best",
         ],
     ),
+    ("reward", &["timeout_s", "max_restarts"]),
 ];
 
 /// Keys that hold a location: only the last component identifies the experiment.
 const LOCATIONS: [(&str, &[&str]); 2] = [("model", &["path", "tokenizer"]), ("data", &["train", "val"])];
+
+/// Keys that came after the first hashes, where they are not null by default: at their default they are left out, so that a
+/// configuration without them keeps its hash.
+const ADDED: [(&str, &str, &str); 5] = [
+    ("algorithm", "ratio", "\"token\""),
+    ("algorithm", "entropy_coef", "0.0"),
+    ("optimizer", "schedule", "\"constant\""),
+    ("optimizer", "min_lr_ratio", "0.0"),
+    ("reward", "sum", "[]"),
+];
 
 pub(super) fn short(config: &Config) -> String {
     let digest = Sha256::digest(identity(config).to_string().as_bytes());
     digest[..4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The identifying part as JSON, keys sorted, nulls left out (so that a new optional key does not
-/// change old hashes), a disabled injection as nothing but disabled.
+/// The identifying part as JSON, keys sorted, nulls and `ADDED` defaults left out (so that a new key does not change old
+/// hashes), a disabled injection as nothing but disabled.
 fn identity(config: &Config) -> Value {
     let mut tree = serde_json::to_value(config).expect("sections hold only strings, finite numbers, lists and maps");
     for (section, names) in OPERATIONAL {
@@ -47,6 +58,13 @@ fn identity(config: &Config) -> Value {
     // others. As the empty list and not left out: hashes from before there were rules stay.
     if let Some(trainer) = section_of(&mut tree, "trainer") {
         trainer.insert("stop_rules".into(), Value::Array(Vec::new()));
+    }
+    for (section, name, default) in ADDED {
+        if let Some(map) = section_of(&mut tree, section)
+            && map.get(name).and_then(|value| serde_json::to_string(value).ok()).is_some_and(|text| text == default)
+        {
+            map.remove(name);
+        }
     }
     for (section, names) in LOCATIONS {
         let Some(map) = section_of(&mut tree, section) else {

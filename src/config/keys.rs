@@ -10,13 +10,19 @@ use super::source::Merged;
 use super::{Config, later};
 use crate::error::one_line;
 use crate::inject::section::LayerSigmaConfig;
+use crate::rl::section::{DynamicSampling, Overlong, RewardPart};
 use crate::rl::stop_rules::StopRule;
 use crate::{Result, bail_input, input_error};
 
 pub(super) const LAYER_SIGMA_CONFIG: &str = "noise_injection.layer_sigma_config";
 const LAYER_MULTIPLIERS: &str = "noise_injection.layer_sigma_config.layer_multipliers";
-/// A list of sections; the keys of item 0 are `trainer.stop_rules[0].metric` and so on.
-const STOP_RULES: &str = "trainer.stop_rules";
+/// Lists of sections, with an example of an item; the keys of item 0 are `trainer.stop_rules[0].metric` and so on.
+const LISTS: [(&str, &str); 2] = [
+    ("trainer.stop_rules", "a rule such as {metric: entropy, above: 1.0}"),
+    ("reward.sum", "a part such as {kind: numeric, weight: 1.0}"),
+];
+/// Sections that may be null.
+const OPTIONAL: [&str; 3] = [LAYER_SIGMA_CONFIG, "algorithm.dynamic_sampling", "reward.overlong"];
 
 /// Checks one source; returns it with numbers that YAML read as text (`5e-7`) as numbers.
 pub(super) fn check(tree: Mapping, label: &str) -> Result<Mapping> {
@@ -30,14 +36,27 @@ pub(super) fn typed(merged: &Merged) -> Result<Config> {
         .map_err(|e| input_error!("{}: {}", merged.file, explain(&e.to_string())))
 }
 
-/// Every key with its default; sections are maps. The multiplier map is written out so that its
-/// keys are known as well.
+/// Every key with its default; sections are maps. Those that are null by default are written out so that their keys are
+/// known as well.
 fn known() -> Mapping {
     let mut known = keys_of(Config::default());
-    if let Some(Value::Mapping(aqn)) = known.get_mut("noise_injection") {
-        aqn.insert("layer_sigma_config".into(), Value::Mapping(keys_of(LayerSigmaConfig::default())));
+    for (path, section) in OPTIONAL.into_iter().zip([
+        keys_of(LayerSigmaConfig::default()),
+        keys_of(DynamicSampling::default()),
+        keys_of(Overlong::default()),
+    ]) {
+        if let Some((parent, name)) = path.split_once('.')
+            && let Some(Value::Mapping(parent)) = known.get_mut(parent)
+        {
+            parent.insert(name.into(), Value::Mapping(section));
+        }
     }
     known
+}
+
+/// The keys of an item of a list of sections.
+fn item_of(list: &str) -> Mapping {
+    if list == "reward.sum" { keys_of(RewardPart::default()) } else { keys_of(StopRule::default()) }
 }
 
 fn keys_of(section: impl serde::Serialize) -> Mapping {
@@ -60,7 +79,7 @@ fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Resul
         };
         let value = match (default, value) {
             (Value::Mapping(_), value) if path == LAYER_MULTIPLIERS => check_leaf(&path, value, label)?,
-            (Value::Mapping(_), Value::Null) if path == LAYER_SIGMA_CONFIG => Value::Null,
+            (Value::Mapping(_), Value::Null) if OPTIONAL.contains(&path.as_str()) => Value::Null,
             (Value::Mapping(inner), Value::Mapping(value)) => Value::Mapping(check_map(&path, value, inner, label)?),
             (Value::Mapping(inner), other) => {
                 let names: Vec<String> = inner.keys().map(text).collect();
@@ -70,24 +89,23 @@ fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Resul
                     names.join(", ")
                 )
             }
-            (_, Value::Sequence(rules)) if path == STOP_RULES => Value::Sequence(check_rules(rules, label)?),
-            (_, value) => check_leaf(&path, value, label)?,
+            (_, value) => match (LISTS.iter().find(|(list, _)| *list == path), value) {
+                (Some(list), Value::Sequence(items)) => Value::Sequence(check_items(list, items, label)?),
+                (_, value) => check_leaf(&path, value, label)?,
+            },
         };
         checked.insert(key, value);
     }
     Ok(checked)
 }
 
-fn check_rules(rules: Vec<Value>, label: &str) -> Result<Vec<Value>> {
-    let known = keys_of(StopRule::default());
-    let one = |(i, rule): (usize, Value)| match rule {
-        Value::Mapping(rule) => Ok(Value::Mapping(check_map(&format!("{STOP_RULES}[{i}]"), rule, &known, label)?)),
-        other => bail_input!(
-            "{label}: {STOP_RULES}[{i}]: found {}, expected a rule such as {{metric: entropy, above: 1.0}}",
-            describe(&other)
-        ),
+fn check_items((list, example): &(&str, &str), items: Vec<Value>, label: &str) -> Result<Vec<Value>> {
+    let known = item_of(list);
+    let one = |(i, item): (usize, Value)| match item {
+        Value::Mapping(item) => Ok(Value::Mapping(check_map(&format!("{list}[{i}]"), item, &known, label)?)),
+        other => bail_input!("{label}: {list}[{i}]: found {}, expected {example}", describe(&other)),
     };
-    rules.into_iter().enumerate().map(one).collect()
+    items.into_iter().enumerate().map(one).collect()
 }
 
 fn check_leaf(path: &str, value: Value, label: &str) -> Result<Value> {
@@ -107,9 +125,6 @@ fn check_leaf(path: &str, value: Value, label: &str) -> Result<Value> {
     let as_numbers = numbers_from_text(&value);
     if as_numbers != value && alone(&as_numbers).is_ok() {
         return Ok(as_numbers);
-    }
-    if let Some(message) = later::value(path, &value) {
-        bail_input!("{label}: {path}: {message}");
     }
     let explained = explain(&error.to_string());
     let explained = explained.strip_prefix(&format!("{path}: ")).unwrap_or(&explained).to_string();
@@ -136,9 +151,11 @@ fn numbers_from_text(value: &Value) -> Value {
 fn nearest(prefix: &str, name: &str) -> String {
     let mut paths = Vec::new();
     collect_paths("", &known(), &mut paths);
-    let rule = keys_of(StopRule::default());
-    let prefix = if prefix.starts_with(STOP_RULES) { "trainer.stop_rules[]" } else { prefix };
-    collect_paths("trainer.stop_rules[]", &rule, &mut paths);
+    let inside = LISTS.iter().find(|(list, _)| prefix.starts_with(list)).map(|(list, _)| format!("{list}[]"));
+    let prefix = inside.as_deref().unwrap_or(prefix);
+    for (list, _) in LISTS {
+        collect_paths(&format!("{list}[]"), &item_of(list), &mut paths);
+    }
     paths.extend(
         ["extends", "noise_injection.exclude_patterns", "noisy_ops.exclude_patterns", "fake_quant.exclude_patterns"]
             .map(String::from),

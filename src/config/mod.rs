@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::data::section::DataSection;
@@ -17,14 +18,16 @@ use crate::model::section::ModelSection;
 use crate::rl::section::{AlgorithmSection, OptimizerSection, RewardSection, RolloutSection, TrainerSection};
 use crate::{Error, Result, bail_input};
 
+pub mod explain;
 mod hash;
 mod keys;
 mod later;
+pub mod schema;
 mod source;
 pub mod sweep;
 mod validate;
 
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
     /// Names the run directory.
@@ -50,6 +53,15 @@ pub fn load(path: &Path, overrides: &[String]) -> Result<Config> {
         Error::Input(message) => Error::Input(one_line(message)),
         other => other,
     })
+}
+
+/// As [`load`], with every key, its value and who set it.
+pub fn load_explained(path: &Path, overrides: &[String]) -> Result<(Config, Vec<explain::Leaf>)> {
+    let config = load(path, overrides)?;
+    // Checked just now, so that this has no errors of its own.
+    let merged = source::merge(path, overrides)?;
+    let leaves = explain::leaves(&config, &merged);
+    Ok((config, leaves))
 }
 
 fn load_checked(path: &Path, overrides: &[String]) -> Result<Config> {

@@ -11,7 +11,9 @@ use crate::inject::section::{
     ActivationScale, DwDraw, FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection,
 };
 use crate::model::config::PRESETS;
-use crate::rl::section::{AlgorithmSection, OptimizerSection, RolloutSection, TrainerSection};
+use crate::rl::section::{
+    AlgorithmSection, LrSchedule, OptimizerSection, RewardKind, RewardSection, RolloutSection, TrainerSection,
+};
 use crate::rl::stop_rules;
 use crate::run::directory::usable_name;
 
@@ -74,6 +76,16 @@ pub(super) fn check(config: &Config) -> Checked {
     algorithm(&config.algorithm)?;
     optimizer(&config.optimizer)?;
     trainer(&config.trainer, &config.data, &config.noisy_ops)?;
+    reward(&config.reward, &config.data)?;
+    if config.algorithm.dynamic_sampling.is_some()
+        && config.noisy_ops.enabled
+        && config.noisy_ops.dw_draw == DwDraw::PerMicrobatch
+    {
+        return Err(Violation::new(
+            "algorithm.dynamic_sampling",
+            "found with noisy_ops.dw_draw: per_microbatch, expected per_update: the number of micro-batches of an update varies",
+        ));
+    }
     stop_rules(config)?;
     noisy_ops(&config.noisy_ops)?;
     noise_injection(&config.noise_injection, config.trainer.epochs)?;
@@ -163,7 +175,12 @@ fn algorithm(algorithm: &AlgorithmSection) -> Checked {
     if let Some(c) = algorithm.dual_clip {
         real("algorithm.dual_clip", c, c > 1.0, "a number above 1, or null")?;
     }
-    real("algorithm.kl_coef", algorithm.kl_coef, algorithm.kl_coef >= 0.0, "a number, 0 or more")
+    real("algorithm.kl_coef", algorithm.kl_coef, algorithm.kl_coef >= 0.0, "a number, 0 or more")?;
+    let limit = algorithm.truncated_importance.unwrap_or(1.0);
+    real("algorithm.truncated_importance", limit, limit > 0.0, "a number above 0, or null")?;
+    // Negative values exist: they sharpen the policy.
+    real("algorithm.entropy_coef", algorithm.entropy_coef, true, "a finite number")?;
+    at_least_1("algorithm.dynamic_sampling.max_rounds", algorithm.dynamic_sampling.as_ref().map_or(1, |d| d.max_rounds))
 }
 
 fn optimizer(optimizer: &OptimizerSection) -> Checked {
@@ -175,7 +192,16 @@ fn optimizer(optimizer: &OptimizerSection) -> Checked {
     real("optimizer.eps", optimizer.eps, optimizer.eps > 0.0, "a number above 0")?;
     real("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0.0, zero_or_more)?;
     let clip = optimizer.grad_clip.unwrap_or(1.0);
-    real("optimizer.grad_clip", clip, clip > 0.0, "a number above 0, or null")
+    real("optimizer.grad_clip", clip, clip > 0.0, "a number above 0, or null")?;
+    let ratio = optimizer.min_lr_ratio;
+    real("optimizer.min_lr_ratio", ratio, (0.0..=1.0).contains(&ratio), "a share of lr in [0, 1]")?;
+    if optimizer.schedule == LrSchedule::Constant && ratio != 0.0 {
+        return Err(Violation::new(
+            "optimizer.min_lr_ratio",
+            format!("found {ratio} with schedule: constant, which does not fall; expected linear or cosine"),
+        ));
+    }
+    Ok(())
 }
 
 fn trainer(trainer: &TrainerSection, data: &DataSection, noise: &NoisyOpsSection) -> Checked {
@@ -208,8 +234,52 @@ fn trainer(trainer: &TrainerSection, data: &DataSection, noise: &NoisyOpsSection
     Ok(())
 }
 
+fn reward(reward: &RewardSection, data: &DataSection) -> Checked {
+    let command = |key: &str, kind, command: &Option<Vec<String>>| match (kind, command) {
+        (RewardKind::Command, None) => Err(Violation::new(
+            key,
+            "found null with kind: command, expected a program and its arguments such as [python3, score.py]",
+        )),
+        (_, Some(argv)) if argv.first().is_none_or(|program| program.trim().is_empty()) => {
+            Err(Violation::new(key, "found no program, expected one and its arguments such as [python3, score.py]"))
+        }
+        (RewardKind::Command, Some(_)) | (_, None) => Ok(()),
+        (_, Some(_)) => Err(Violation::new(key, "found a command with another kind, expected kind: command")),
+    };
+    if reward.sum.is_empty() {
+        command("reward.command", reward.kind, &reward.command)?;
+    } else if reward.kind == RewardKind::Command || reward.command.is_some() {
+        return Err(Violation::new(
+            "reward.sum",
+            "found with reward.command, expected the command as one of its parts",
+        ));
+    }
+    for (i, part) in reward.sum.iter().enumerate() {
+        let key = |name: &str| format!("reward.sum[{i}].{name}");
+        command(&key("command"), part.kind, &part.command)?;
+        real(key("weight"), part.weight, part.weight != 0.0, "a number other than 0")?;
+    }
+    real(
+        "reward.timeout_s",
+        reward.timeout_s,
+        reward.timeout_s > 0.0 && reward.timeout_s <= 86_400.0,
+        "a number of seconds above 0, at most a day",
+    )?;
+    if let Some(overlong) = &reward.overlong {
+        in_range("reward.overlong.buffer_tokens", overlong.buffer_tokens as u64, data.max_response_tokens as u64)?;
+        real("reward.overlong.factor", overlong.factor, overlong.factor >= 0.0, "a number, 0 or more")?;
+    }
+    Ok(())
+}
+
 fn stop_rules(config: &Config) -> Checked {
-    let known = stop_rules::metrics(&config.noise_injection, &config.noisy_ops, &config.fake_quant);
+    let known = stop_rules::metrics(
+        &config.algorithm,
+        &config.reward,
+        &config.noise_injection,
+        &config.noisy_ops,
+        &config.fake_quant,
+    );
     for (i, rule) in config.trainer.stop_rules.iter().enumerate() {
         let key = |name: &str| format!("trainer.stop_rules[{i}].{name}");
         if !known.contains(&rule.metric) {

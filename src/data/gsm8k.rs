@@ -1,4 +1,7 @@
-//! GSM8K files: the published jsonl (`question`, `answer` ending in `#### N`) and verl's parquet.
+//! Files of questions: GSM8K's published jsonl (`question`, `answer` ending in `#### N`) and verl's parquet.
+//!
+//! A jsonl line may have `ground_truth` (text or a number) beside or in place of `answer`: it is the final answer then, so
+//! that other sets fit, with `reward.kind: numeric` or a command to score them.
 //!
 //! verl's columns: `data_source`, `prompt` (list of {role, content}), `ability`, `reward_model`
 //! {style, ground_truth}, `extra_info` {split, index, question, answer}. The question is the raw one of
@@ -20,7 +23,16 @@ use crate::{Error, Result, bail_input, input_error};
 #[derive(Deserialize)]
 struct Line {
     question: String,
-    answer: String,
+    answer: Option<String>,
+    ground_truth: Option<Truth>,
+}
+
+/// Some writers store a number.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Truth {
+    Text(String),
+    Number(serde_json::Number),
 }
 
 /// Reads the published form; blank lines are skipped.
@@ -39,13 +51,20 @@ pub fn load_jsonl(path: &Path, limit: Option<usize>) -> Result<Vec<Question>> {
         let place = || format!("{}:{}", path.display(), number + 1);
         let line: Line = serde_json::from_slice(&bytes)
             .map_err(|e| input_error!("{}: {}, expected {{\"question\", \"answer\"}}", place(), json_problem(&e)))?;
-        let ground_truth = final_answer(&line.answer).map_err(|e| e.at(place()))?;
-        questions.push(Question {
-            index: questions.len() as u32,
-            question: line.question,
-            answer: line.answer,
-            ground_truth,
+        let given = line.ground_truth.map(|truth| match truth {
+            Truth::Text(text) => text.trim().replace(',', ""),
+            Truth::Number(number) => number.to_string(),
         });
+        let ground_truth = match (given, &line.answer) {
+            (Some(truth), _) if truth.is_empty() => bail_input!("{}: ground_truth: found an empty text", place()),
+            (Some(truth), _) => truth,
+            (None, Some(answer)) => final_answer(answer).map_err(|e| e.at(place()))?,
+            (None, None) => {
+                bail_input!("{}: missing field `answer`, expected {{\"question\", \"answer\"}}", place())
+            }
+        };
+        let (index, answer) = (questions.len() as u32, line.answer.unwrap_or_default());
+        questions.push(Question { index, question: line.question, answer, ground_truth });
     }
     Ok(questions)
 }

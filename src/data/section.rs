@@ -1,9 +1,10 @@
 //! The `data:` section of a configuration: which questions, how many a step, how long.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Where questions come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DataKind {
     /// By the file: .jsonl as published, .parquet as verl writes it.
@@ -13,7 +14,7 @@ pub enum DataKind {
     Generated,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataSection {
     pub kind: DataKind,
@@ -58,7 +59,7 @@ impl Default for DataSection {
 
 /// The built-in arithmetic task: how many problems, from which seed. The task's seed is its own, so
 /// that runs with different seeds are validated on the same questions.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct GeneratedSection {
     pub train_problems: usize,

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::numerics::error_law::ErrorLaw;
@@ -11,7 +12,7 @@ use crate::numerics::format::Format;
 pub use super::selection::{InjectPhase, LayerSet, PhaseSet};
 
 /// Which weights AQN perturbs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum LayerType {
     Rmsnorm,
@@ -19,7 +20,7 @@ pub enum LayerType {
 }
 
 /// Which policy sees w' = w + m*sigma*z.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ApplyTo {
     /// As in QeRL: rollouts see w', the update sees w.
@@ -28,7 +29,7 @@ pub enum ApplyTo {
 }
 
 /// Which sigma schedule.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
     /// `epoch_aware` decides; without it, the keys that are set.
@@ -40,14 +41,14 @@ pub enum ScheduleKind {
 }
 
 /// A known defect reproduced on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Compat {
     /// Epoch-aware sigma is 0 at every step and layer multipliers never reach the model.
     Original,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NoiseInjectionSection {
     pub enabled: bool,
@@ -94,7 +95,7 @@ impl Default for NoiseInjectionSection {
 
 /// Multipliers m_l of the noise per layer: w' = w + m_l*sigma*z. In YAML inline or a path
 /// (config::load replaces the path by the file's content).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LayerSigmaConfig {
     /// false: as if there were no layer_sigma_config.
@@ -118,7 +119,7 @@ impl Default for LayerSigmaConfig {
 }
 
 /// How draws of different phases relate.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DrawMode {
     /// A fresh draw in each phase, as hardware would.
@@ -128,7 +129,7 @@ pub enum DrawMode {
 }
 
 /// When the weight gradient gets its error.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum DwDraw {
     /// One draw on the gradient accumulated for an optimizer update.
@@ -137,7 +138,7 @@ pub enum DwDraw {
     PerMicrobatch,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct NoisyOpsSection {
     pub enabled: bool,
@@ -170,7 +171,7 @@ impl Default for NoisyOpsSection {
 }
 
 /// What the tensor amax A of a module's input is taken over, in formats that have one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ActivationScale {
     /// Every row has its own: a token's values do not depend on its neighbours.
@@ -188,13 +189,15 @@ impl ActivationScale {
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct FakeQuantSection {
     pub enabled: bool,
     /// Format of the weights; null = weights stay as they are.
+    #[schemars(with = "Option<String>")]
     pub weights: Option<Format>,
     /// Format of the activations; null = activations stay as they are.
+    #[schemars(with = "Option<String>")]
     pub activations: Option<Format>,
     /// null = token.
     pub activation_scale: Option<ActivationScale>,

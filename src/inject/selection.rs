@@ -1,15 +1,17 @@
 //! Which phases, layers and modules an injection applies to, as written in YAML:
 //! `phases: all | name | [names]`, `layers: all | [14, 15] | "14-17"`, and module name patterns.
 
+use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::fmt;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Where in a training step a matrix product happens. `forward` and `backward` are the two passes
 /// of the policy update; the others are forward passes without gradient.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 #[repr(u8)]
 pub enum InjectPhase {
@@ -98,6 +100,18 @@ impl Serialize for PhaseSet {
     }
 }
 
+/// all, a phase, or a list of phases.
+impl JsonSchema for PhaseSet {
+    fn schema_name() -> Cow<'static, str> {
+        "PhaseSet".into()
+    }
+
+    fn json_schema(generator: &mut SchemaGenerator) -> Schema {
+        let phase = generator.subschema_for::<InjectPhase>();
+        json_schema!({"anyOf": [{"const": "all"}, phase, {"type": "array", "items": phase}]})
+    }
+}
+
 /// A set of decoder layers, or all modules whether or not they belong to a layer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LayerSet {
@@ -181,6 +195,18 @@ impl Serialize for LayerSet {
             LayerSet::All => serializer.serialize_str("all"),
             LayerSet::Only(layers) => serializer.collect_seq(layers),
         }
+    }
+}
+
+/// all, a layer, a range such as "14-17", or a list of them.
+impl JsonSchema for LayerSet {
+    fn schema_name() -> Cow<'static, str> {
+        "LayerSet".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let item = json_schema!({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string"}]});
+        json_schema!({"anyOf": [item, {"type": "array", "items": item}]})
     }
 }
 

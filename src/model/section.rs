@@ -1,16 +1,17 @@
 //! The `model:` section of a configuration: which weights, which shapes, which compute dtype.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Dtype of activations and of the weights in a matrix product. Master weights are always f32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Dtype {
     F32,
     Bf16,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ModelSection {
     /// A model directory, or a hub id that is in the local Hugging Face cache.

@@ -1,8 +1,9 @@
 //! Log-probability and entropy of given tokens, in chunks of rows, so that [tokens, vocab] never exists at once.
 //!
 //! logits = hidden W^T (a noisy linear product, f32), l = log_softmax(logits / temperature),
-//! logprob[t] = l[t, target[t]], entropy[t] = -sum_v exp(l) l. Backward recomputes each chunk (the noise replays from
-//! its keys): dlogits = g (onehot - softmax) / temperature. The entropy is a measurement and has no gradient.
+//! logprob[t] = l[t, target[t]], entropy H[t] = -sum_v p l with p = exp(l). Backward recomputes each chunk (the noise replays
+//! from its keys): dlogits = (g (onehot - p) - h p (l + H)) / temperature, with g and h the gradients of logprob and H.
+//! Where nobody asks for the entropy's gradient, nothing of it is computed.
 //!
 //! Shapes: hidden [tokens, hidden], W [vocab, hidden], targets i64 [tokens]; results f32 [tokens].
 
@@ -16,9 +17,10 @@ use crate::Result;
 /// Upper bound of one chunk of f32 logits, in bytes.
 const CHUNK_BYTES: usize = 256 << 20;
 
+/// Both differentiable.
 pub struct TokenLogprobs {
-    pub logprobs: Tensor,
-    pub entropy: Tensor,
+    pub logprobs: Tensor, // f32 [tokens]
+    pub entropy: Tensor,  // f32 [tokens]
 }
 
 #[derive(Clone)]
@@ -56,9 +58,12 @@ struct LogprobsBackward {
 
 impl Backward for LogprobsBackward {
     fn backward(&self, saved: &[Tensor], grads: &[Option<Tensor>], needs: &[bool]) -> Result<Vec<Option<Tensor>>> {
-        let (Some(g), [hidden, weight, targets]) = (&grads[0], saved) else {
+        let ([of_logprobs, of_entropy], [hidden, weight, targets]) = (grads, saved) else {
             return Ok(vec![None, None]);
         };
+        if of_logprobs.is_none() && of_entropy.is_none() {
+            return Ok(vec![None, None]);
+        }
         // dW is one product over all chunks: an error of its own is drawn once, on the sum.
         let dw_error = self.head.call.dw.as_ref();
         let mut dw = match (&self.gradient, dw_error) {
@@ -70,11 +75,28 @@ impl Backward for LogprobsBackward {
             let (from, len) = (start as i64, rows as i64);
             let x = hidden.f_narrow(0, from, len)?;
             let target = targets.f_narrow(0, from, len)?.f_unsqueeze(1)?;
-            let softmax = self.head.log_softmax(&x, weight, start, false)?.f_exp_()?;
-            let minus_one = Tensor::f_full([len, 1], -1.0, (Kind::Float, hidden.device()))?;
-            let g = g.f_narrow(0, from, len)?.f_unsqueeze(1)?;
-            let scale = g.f_mul_scalar(-1.0 / self.head.temperature)?;
-            let dlogits = softmax.f_scatter_add(1, &target, &minus_one)?.f_mul_(&scale)?;
+            let l = self.head.log_softmax(&x, weight, start, false)?;
+            let rows_of = |gradient: &Tensor| -> Result<Tensor> {
+                let gradient = gradient.f_narrow(0, from, len)?.f_unsqueeze(1)?;
+                Ok(gradient.f_mul_scalar(-1.0 / self.head.temperature)?)
+            };
+            let entropy_part = match of_entropy {
+                Some(h) => Some(entropy_dlogits(&l)?.f_mul_(&rows_of(h)?)?),
+                None => None,
+            };
+            let logprob_part = match of_logprobs {
+                Some(g) => {
+                    let minus_one = Tensor::f_full([len, 1], -1.0, (Kind::Float, hidden.device()))?;
+                    let mut softmax = l;
+                    Some(softmax.f_exp_()?.f_scatter_add(1, &target, &minus_one)?.f_mul_(&rows_of(g)?)?)
+                }
+                None => None,
+            };
+            let dlogits = match (logprob_part, entropy_part) {
+                (Some(mut both), Some(entropy)) => both.f_add_(&entropy)?,
+                (Some(one), None) | (None, Some(one)) => one,
+                (None, None) => continue,
+            };
             let dlogits = dlogits.f_to_kind(hidden.kind())?;
             let call = self.head.chunk_call(start, rows);
             if needs[0] {
@@ -115,8 +137,7 @@ pub fn token_logprobs(
             let target = targets.f_narrow(0, start as i64, len as i64)?.f_unsqueeze(1)?;
             let l = head.log_softmax(&x, weight, start, true)?;
             logprobs.push(l.f_gather(1, &target, false)?.f_squeeze_dim(1)?);
-            let p_log_p = l.f_exp()?.f_mul_(&l.f_clamp_min(f64::from(f32::MIN))?)?;
-            entropies.push(p_log_p.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?.f_neg()?);
+            entropies.push(p_log_p(&l)?.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Float)?.f_neg()?);
         }
         Ok((Tensor::f_cat(&logprobs, 0)?, Tensor::f_cat(&entropies, 0)?))
     })?;
@@ -126,7 +147,19 @@ pub fn token_logprobs(
     }
     let operation = LogprobsBackward { head, gradient: anchor.map(|(_, gradient)| gradient.shallow_clone()) };
     let saved = [&hidden.detach(), &weight.detach(), targets];
-    let outputs = attach(&inputs, &saved, &[&logprobs], operation)?;
-    let logprobs = outputs.into_iter().next().unwrap_or(logprobs);
+    let mut outputs = attach(&inputs, &saved, &[&logprobs, &entropy], operation)?.into_iter();
+    let (logprobs, entropy) = (outputs.next().unwrap_or(logprobs), outputs.next().unwrap_or(entropy));
     Ok(TokenLogprobs { logprobs, entropy })
+}
+
+/// p l of log-probabilities l, 0 where p is (there l may be -infinity).
+fn p_log_p(l: &Tensor) -> Result<Tensor> {
+    Ok(l.f_exp()?.f_mul_(&l.f_clamp_min(f64::from(f32::MIN))?)?)
+}
+
+/// p (l + H) of log-probabilities l [rows, vocab], H = -sum p l of each row: minus dH/dlogits.
+fn entropy_dlogits(l: &Tensor) -> Result<Tensor> {
+    let mut p_l = p_log_p(l)?;
+    let minus_entropy = p_l.f_sum_dim_intlist([1i64].as_slice(), true, Kind::Float)?;
+    Ok(p_l.f_sub_(&l.f_exp()?.f_mul_(&minus_entropy)?)?)
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::recipe::PreparedQuestion;
 use super::reward;
-use super::section::RewardMode;
+use super::reward::scorer::{Item, Scorer};
 use crate::Result;
 use crate::inject::injector::Injector;
 use crate::inject::section::InjectPhase;
@@ -105,7 +105,7 @@ pub struct Evaluation<'a> {
     pub model: &'a Qwen2,
     pub tokenizer: &'a Tokenizer,
     pub questions: &'a [PreparedQuestion],
-    pub mode: RewardMode,
+    pub scorer: &'a Scorer,
     pub max_new_tokens: usize,
     pub batch_size: usize,
 }
@@ -127,18 +127,22 @@ impl Evaluation<'_> {
             ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
         };
         let completions = generate(self.model, &request, pass, progress)?;
-        self.questions.iter().zip(&completions).map(|(question, c)| self.answer(question, c)).collect()
+        let decode = |c: &Completion| self.tokenizer.decode(c.sequence.response());
+        let texts = completions.iter().map(decode).collect::<Result<Vec<String>>>()?;
+        let item = |(question, text)| Item { question, text, member: 0, validation: true };
+        let items: Vec<Item> = self.questions.iter().zip(texts.iter().map(String::as_str)).map(item).collect();
+        let correct = self.scorer.correct(&items)?;
+        Ok(completions.iter().zip(&items).zip(correct).map(|((c, item), right)| answer(c, item, right)).collect())
     }
+}
 
-    fn answer(&self, question: &PreparedQuestion, completion: &Completion) -> Result<Answer> {
-        let text = self.tokenizer.decode(completion.sequence.response())?;
-        Ok(Answer {
-            index: question.index,
-            correct: reward::score(self.mode, &text, &question.ground_truth) > 0.0,
-            well_formed: reward::strict_answer(&text).is_some(),
-            response_tokens: completion.logprobs.len(),
-            finished: completion.finished,
-            text,
-        })
+fn answer(completion: &Completion, item: &Item, correct: bool) -> Answer {
+    Answer {
+        index: item.question.index,
+        correct,
+        well_formed: reward::strict_answer(item.text).is_some(),
+        response_tokens: completion.logprobs.len(),
+        finished: completion.finished,
+        text: item.text.to_string(),
     }
 }

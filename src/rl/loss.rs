@@ -1,31 +1,42 @@
-//! The policy loss: clipped token objective with dual clip, plus a KL penalty to a frozen reference.
+//! The policy loss: clipped objective with dual clip, plus a KL penalty to a frozen reference, minus an entropy bonus.
 //!
 //! The policy runs on flattened, unpadded response tokens, so everything here is per token, [T]. With the
-//! log-probs `new` (with gradient), `old` (of the policy that sampled), `ref` and the advantage A:
+//! log-probs `new` (with gradient), `old` (of the policy before the update), `rollout` (as sampled), `ref`, the entropy H
+//! (with gradient) and the advantage A:
 //!
 //! ```text
-//! r      = exp(clamp(new - old, -20, 20))
+//! d      = new - old;  ratio sequence: its mean over the tokens of the sequence     GSPO, arXiv 2507.18071, eq. 7
+//! r      = exp(clamp(d, -20, 20))
 //! policy = max(-r A, -clip(r, 1 - low, 1 + high) A)          PPO, arXiv 1707.06347, eq. 7
 //!          and where A < 0: min(policy, c |A|)               dual clip, arXiv 1912.09729, eq. 5
+//!          times min(exp(clamp(old - rollout, -20, 20)), C), a constant             truncated_importance: C
 //! x      = ref - new
 //! kl     = k1: -x     k2: x^2 / 2     k3: clamp(e^x - 1 - x, -10, 10) with x clamped to +-20
-//! loss   = sum over tokens of w (policy + kl_coef kl)
+//! loss   = sum over tokens of w (policy + kl_coef kl) - entropy_coef (sum of H) / tokens of the optimizer batch
 //! ```
 //!
-//! (k1, k2, k3: J. Schulman, "Approximating KL divergence"; clamps as in verl.) The aggregation is nothing but
+//! (k1, k2, k3: J. Schulman, "Approximating KL divergence"; clamps as in verl.) A sequence's ratio depends on all its
+//! tokens, and so its gradient reaches each of them by 1/length. The importance weight corrects for a rollout that was
+//! not quite the old policy: other noise, AQN, another kernel. The entropy bonus is a mean over tokens whatever the
+//! aggregation, as in TRL. The aggregation is nothing but
 //! the weight w of a token. It is taken from the WHOLE optimizer batch ([`LossNormalizer`]), not from the
 //! tensors at hand, so the losses and gradients of micro-batches add up to those of the batch:
 //!
 //! ```text
 //! token_mean     w = 1 / tokens of the optimizer batch                 (verl, DAPO)
-//! sequence_mean  w = 1 / (tokens of its sequence * sequences)          (the GRPO paper)
+//! sequence_mean  w = 1 / (tokens of its sequence * sequences)          (the GRPO paper, GSPO)
 //! sum_over_lmax  w = 1 / (sequences * Lmax)                            (Dr. GRPO)
 //! ```
 
-use serde::{Deserialize, Serialize};
+mod metrics;
+mod tokens;
+
 use tch::{Kind, Tensor};
 
-use super::section::{Aggregation, AlgorithmSection, KlEstimator};
+pub use metrics::LossMetrics;
+use tokens::{keep, sequence_means, spread_advantages, token_weights};
+
+use super::section::{Aggregation, AlgorithmSection, KlEstimator, RatioLevel};
 use crate::{Result, bail_input};
 
 /// |new - old| beyond this says nothing more than "impossible"; e^20 keeps r finite in f32.
@@ -43,6 +54,10 @@ pub struct PolicyLossConfig {
     pub aggregation: Aggregation,
     pub kl_coef: f64,
     pub kl_estimator: KlEstimator,
+    pub ratio: RatioLevel,
+    /// C; None: no importance weight.
+    pub truncated_importance: Option<f64>,
+    pub entropy_coef: f64,
 }
 
 impl From<&AlgorithmSection> for PolicyLossConfig {
@@ -54,6 +69,9 @@ impl From<&AlgorithmSection> for PolicyLossConfig {
             aggregation: section.aggregation,
             kl_coef: section.kl_coef,
             kl_estimator: section.kl_estimator,
+            ratio: section.ratio,
+            truncated_importance: section.truncated_importance,
+            entropy_coef: section.entropy_coef,
         }
     }
 }
@@ -72,10 +90,12 @@ pub struct LossNormalizer {
 /// Response tokens of a micro-batch, its sequences one after another.
 #[derive(Debug, Clone, Copy)]
 pub struct PolicyLossInputs<'a> {
-    pub new_logprobs: &'a Tensor,         // [T] f32, carries the gradient
-    pub old_logprobs: &'a Tensor,         // [T]
-    pub ref_logprobs: Option<&'a Tensor>, // [T]; needed when kl_coef is not 0
-    pub advantages: &'a Tensor,           // [T], or [sequences] for one value per sequence
+    pub new_logprobs: &'a Tensor,             // [T] f32, carries the gradient
+    pub old_logprobs: &'a Tensor,             // [T]
+    pub ref_logprobs: Option<&'a Tensor>,     // [T]; needed when kl_coef is not 0
+    pub rollout_logprobs: Option<&'a Tensor>, // [T]; needed with truncated_importance
+    pub entropy: Option<&'a Tensor>,          // [T], carries the gradient; needed when entropy_coef is not 0
+    pub advantages: &'a Tensor,               // [T], or [sequences] for one value per sequence
     /// [T], nonzero = counts. A token left out has no influence at all, even if it is NaN. None: all count.
     pub mask: Option<&'a Tensor>,
     /// Tokens of each sequence; they add up to T.
@@ -87,65 +107,6 @@ pub struct PolicyLossInputs<'a> {
 pub struct LossOutput {
     pub loss: Tensor, // [] f32
     pub metrics: LossMetrics,
-}
-
-/// Sums over the tokens of one micro-batch; [`merge`](LossMetrics::merge) adds those of an optimizer batch.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct LossMetrics {
-    /// sum of w * policy: the share of this micro-batch in `loss/policy`.
-    pub policy_loss: f64,
-    /// kl_coef * sum of w * kl: its share in `loss/kl`.
-    pub kl_loss: f64,
-    /// Sum over tokens of the KL estimate (0 without a reference).
-    pub kl_sum: f64,
-    pub tokens: f64,
-    /// Tokens with A < 0 and r < 1 - clip_low: their gradient is cut.
-    pub clipped_low_tokens: f64,
-    /// Tokens with A > 0 and r > 1 + clip_high: their gradient is cut.
-    pub clipped_high_tokens: f64,
-    /// Tokens with A < 0 that the dual clip caught.
-    pub dual_clipped_tokens: f64,
-    pub ratio_max: f64,
-}
-
-impl LossMetrics {
-    pub fn merge(&mut self, other: &LossMetrics) {
-        self.policy_loss += other.policy_loss;
-        self.kl_loss += other.kl_loss;
-        self.kl_sum += other.kl_sum;
-        self.tokens += other.tokens;
-        self.clipped_low_tokens += other.clipped_low_tokens;
-        self.clipped_high_tokens += other.clipped_high_tokens;
-        self.dual_clipped_tokens += other.dual_clipped_tokens;
-        // f64::max would drop a NaN, and a NaN ratio must be seen.
-        if other.ratio_max.is_nan() || other.ratio_max > self.ratio_max {
-            self.ratio_max = other.ratio_max;
-        }
-    }
-
-    /// False when the loss of any merged micro-batch was NaN or infinite: the step must be skipped.
-    pub fn is_finite(&self) -> bool {
-        (self.policy_loss + self.kl_loss).is_finite()
-    }
-
-    /// `kl/ref`: mean KL estimate per token.
-    pub fn kl_ref(&self) -> f64 {
-        self.per_token(self.kl_sum)
-    }
-
-    /// `ratio/clipped_low`.
-    pub fn clipped_low_ratio(&self) -> f64 {
-        self.per_token(self.clipped_low_tokens)
-    }
-
-    /// `ratio/clipped_high`.
-    pub fn clipped_high_ratio(&self) -> f64 {
-        self.per_token(self.clipped_high_tokens)
-    }
-
-    fn per_token(&self, sum: f64) -> f64 {
-        if self.tokens > 0.0 { sum / self.tokens } else { 0.0 }
-    }
 }
 
 /// Loss of one micro-batch, already divided for its optimizer batch: call backward on each and add up.
@@ -168,10 +129,18 @@ pub fn policy_loss(
     let weights = token_weights(inputs, counts.as_ref(), config.aggregation, normalizer)?; // [T]
 
     let old = inputs.old_logprobs.f_to_kind(kind)?;
-    let log_ratio =
-        keep(&inputs.new_logprobs.f_sub(&old)?, counts.as_ref())?.f_clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)?; // [T]
-    let ratio = log_ratio.f_exp()?; // [T]
+    let log_ratio = keep(&inputs.new_logprobs.f_sub(&old)?, counts.as_ref())?; // [T]
+    let log_ratio = match config.ratio {
+        RatioLevel::Token => log_ratio,
+        RatioLevel::Sequence => sequence_means(&log_ratio, inputs.sequence_lengths, counts.as_ref())?,
+    };
+    let ratio = log_ratio.f_clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)?.f_exp()?; // [T]
     let (policy, dual_clipped) = clipped_objective(&ratio, &advantages, config)?; // [T]
+    let importance = importance_weights(inputs, config, counts.as_ref())?;
+    let policy = match &importance {
+        Some((weight, _)) => policy.f_mul(weight)?,
+        None => policy,
+    };
     let policy_loss = policy.f_mul(&weights)?.f_sum(kind)?; // []
 
     let (kl_loss, kl_sum) = match inputs.ref_logprobs {
@@ -184,6 +153,17 @@ pub fn policy_loss(
     };
     // Adding a zero would turn a NaN reference (kl_coef 0, logged only) into a NaN loss.
     let loss = if config.kl_coef == 0.0 { policy_loss.shallow_clone() } else { policy_loss.f_add(&kl_loss)? };
+    let entropy_loss = match inputs.entropy {
+        Some(entropy) if config.entropy_coef != 0.0 => {
+            let sum = keep(entropy, counts.as_ref())?.f_sum(kind)?;
+            Some(sum.f_mul_scalar(-config.entropy_coef / normalizer.tokens as f64)?)
+        }
+        _ => None,
+    };
+    let loss = match &entropy_loss {
+        Some(bonus) => loss.f_add(bonus)?,
+        None => loss,
+    };
 
     let metrics = tch::no_grad(|| -> Result<LossMetrics> {
         let ratio = ratio.detach();
@@ -201,6 +181,12 @@ pub fn policy_loss(
             count(high)?,
             count(dual_clipped)?,
             ratio_max,
+            scalar_or_0(entropy_loss.as_ref(), device)?,
+            scalar_or_0(
+                importance.as_ref().map(|(weight, _)| keep(weight, Some(&weighs))).transpose()?.as_ref(),
+                device,
+            )?,
+            scalar_or_0(importance.as_ref().map(|(_, cut)| cut.f_logical_and(&weighs)).transpose()?.as_ref(), device)?,
         ];
         let v = Vec::<f64>::try_from(&Tensor::f_stack(&scalars, 0)?)?;
         Ok(LossMetrics {
@@ -212,6 +198,9 @@ pub fn policy_loss(
             clipped_high_tokens: v[5],
             dual_clipped_tokens: v[6],
             ratio_max: v[7],
+            entropy_loss: v[8],
+            importance_sum: v[9],
+            truncated_tokens: v[10],
         })
     })?;
     Ok(LossOutput { loss, metrics })
@@ -232,6 +221,30 @@ fn clipped_objective(ratio: &Tensor, advantages: &Tensor, config: &PolicyLossCon
     Ok((bound.f_where_self(&caught, &objective)?, caught))
 }
 
+/// min(exp(old - rollout), C) [T] and where C was the smaller [T] bool; both constant.
+fn importance_weights(
+    inputs: &PolicyLossInputs,
+    config: &PolicyLossConfig,
+    counts: Option<&Tensor>,
+) -> Result<Option<(Tensor, Tensor)>> {
+    let (Some(limit), Some(rollout)) = (config.truncated_importance, inputs.rollout_logprobs) else {
+        return Ok(None);
+    };
+    let kind = inputs.new_logprobs.kind();
+    let gap = keep(&inputs.old_logprobs.f_to_kind(kind)?.f_sub(&rollout.f_to_kind(kind)?)?, counts)?.f_detach()?;
+    let weight = gap.f_clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)?.f_exp()?;
+    let cut = weight.f_gt(limit)?;
+    Ok(Some((weight.f_clamp_max(limit)?, cut)))
+}
+
+/// The sum as f64 [], or 0.
+fn scalar_or_0(x: Option<&Tensor>, device: tch::Device) -> Result<Tensor> {
+    Ok(match x {
+        Some(x) => x.detach().f_sum(Kind::Double)?,
+        None => Tensor::f_zeros([], (Kind::Double, device))?,
+    })
+}
+
 /// KL estimate [T] from x = ref - new [T].
 fn kl_estimate(x: &Tensor, estimator: KlEstimator) -> Result<Tensor> {
     Ok(match estimator {
@@ -245,66 +258,6 @@ fn kl_estimate(x: &Tensor, estimator: KlEstimator) -> Result<Tensor> {
     })
 }
 
-/// Replaces what does not count by 0, in value and gradient (a product with the mask would keep a NaN).
-fn keep(x: &Tensor, counts: Option<&Tensor>) -> Result<Tensor> {
-    Ok(match counts {
-        Some(counts) => x.f_masked_fill(&counts.f_logical_not()?, 0.0)?,
-        None => x.shallow_clone(),
-    })
-}
-
-/// Weight of each token [T], 0 where the mask is 0; the divisors are formed in f64.
-fn token_weights(
-    inputs: &PolicyLossInputs,
-    counts: Option<&Tensor>,
-    aggregation: Aggregation,
-    normalizer: LossNormalizer,
-) -> Result<Tensor> {
-    let lengths = inputs.sequence_lengths;
-    let mask: Option<Vec<bool>> = counts.map(Vec::<bool>::try_from).transpose()?;
-    let total: usize = lengths.iter().sum();
-    let mut weights: Vec<f32> = Vec::with_capacity(total);
-    let mut counted_total = 0u64;
-    for &length in lengths {
-        let start = weights.len();
-        let is_counted = |i: usize| mask.as_ref().is_none_or(|m| m[start + i]);
-        let counted = (0..length).filter(|&i| is_counted(i)).count() as u64;
-        counted_total += counted;
-        let divisor = match aggregation {
-            Aggregation::TokenMean => normalizer.tokens as f64,
-            Aggregation::SequenceMean => counted as f64 * normalizer.sequences as f64,
-            Aggregation::SumOverLmax => normalizer.sequences as f64 * normalizer.max_response_tokens as f64,
-        };
-        if counted > 0 && divisor < 1.0 {
-            bail_input!("loss normalizer: found a divisor of {divisor} for {aggregation:?}, expected at least 1");
-        }
-        weights.extend((0..length).map(|i| if is_counted(i) { (1.0 / divisor) as f32 } else { 0.0 }));
-    }
-    let sequences = lengths.len() as u64;
-    if counted_total > normalizer.tokens || sequences > normalizer.sequences {
-        bail_input!(
-            "loss normalizer: found {} tokens and {} sequences, expected at least the micro-batch's {counted_total} \
-             and {sequences} (it counts the whole optimizer batch)",
-            normalizer.tokens,
-            normalizer.sequences
-        );
-    }
-    let new = inputs.new_logprobs;
-    Ok(Tensor::f_from_slice(&weights)?.f_to_kind(new.kind())?.f_to_device(new.device())?)
-}
-
-/// Advantages per token [T], from [T] or [sequences].
-fn spread_advantages(inputs: &PolicyLossInputs, tokens: usize) -> Result<Tensor> {
-    let new = inputs.new_logprobs;
-    let advantages = inputs.advantages.detach().f_to_kind(new.kind())?.f_to_device(new.device())?;
-    if advantages.size() == [tokens as i64] {
-        return Ok(advantages);
-    }
-    let sequence_of: Vec<i64> =
-        inputs.sequence_lengths.iter().enumerate().flat_map(|(s, &n)| std::iter::repeat_n(s as i64, n)).collect();
-    Ok(advantages.f_index_select(0, &Tensor::f_from_slice(&sequence_of)?.f_to_device(new.device())?)?)
-}
-
 /// The number of tokens T, once every shape agrees with it.
 fn check(inputs: &PolicyLossInputs, config: &PolicyLossConfig) -> Result<usize> {
     let tokens: usize = inputs.sequence_lengths.iter().sum();
@@ -315,6 +268,8 @@ fn check(inputs: &PolicyLossInputs, config: &PolicyLossConfig) -> Result<usize> 
         ("new_logprobs", Some(inputs.new_logprobs)),
         ("old_logprobs", Some(inputs.old_logprobs)),
         ("ref_logprobs", inputs.ref_logprobs),
+        ("rollout_logprobs", inputs.rollout_logprobs),
+        ("entropy", inputs.entropy),
         ("mask", inputs.mask),
     ];
     for (name, tensor) in per_token {
@@ -331,6 +286,12 @@ fn check(inputs: &PolicyLossInputs, config: &PolicyLossConfig) -> Result<usize> 
     }
     if config.kl_coef != 0.0 && inputs.ref_logprobs.is_none() {
         bail_input!("policy loss: found no reference log-probs, expected them because kl_coef is {}", config.kl_coef);
+    }
+    if config.truncated_importance.is_some() && inputs.rollout_logprobs.is_none() {
+        bail_input!("policy loss: found no rollout log-probs, expected them for truncated_importance");
+    }
+    if config.entropy_coef != 0.0 && inputs.entropy.is_none() {
+        bail_input!("policy loss: found no entropy, expected it because entropy_coef is {}", config.entropy_coef);
     }
     Ok(tokens)
 }

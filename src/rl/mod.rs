@@ -4,6 +4,7 @@ pub mod advantage;
 pub mod evaluation;
 pub mod launch;
 pub mod loss;
+pub mod lr_schedule;
 pub mod metrics;
 pub mod microbatch;
 pub mod optimizer;

@@ -20,7 +20,8 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use super::section::OptimizerSection;
+use super::lr_schedule;
+use super::section::{LrSchedule, OptimizerSection};
 use crate::{Result, bail_input, input_error};
 
 /// Elements worked on at a time: 16 MiB of f32, large enough to fill a GPU.
@@ -69,17 +70,31 @@ struct Moments {
 #[derive(Debug)]
 pub struct AdamW {
     config: OptimizerSection,
+    /// Updates of the whole run, over which the learning rate falls.
+    total_updates: u64,
     counters: AdamWCounters,
     moments: BTreeMap<String, Moments>,
 }
 
 impl AdamW {
+    /// Under a learning rate that is constant after warm-up, whatever the schedule.
+    ///
     /// # Errors
     /// A parameter out of its range, named as in the configuration.
     pub fn new(config: OptimizerSection) -> Result<AdamW> {
         check_config(&config)?;
         let counters = AdamWCounters { step: 0, skipped_steps: 0, lr_multiplier: 1.0 };
-        Ok(AdamW { config, counters, moments: BTreeMap::new() })
+        let config = OptimizerSection { schedule: LrSchedule::Constant, ..config };
+        Ok(AdamW { config, total_updates: 0, counters, moments: BTreeMap::new() })
+    }
+
+    /// Under the schedule, for a run of `total_updates`.
+    ///
+    /// # Errors
+    /// As [`new`](AdamW::new), and a warm-up that leaves nothing of a falling schedule.
+    pub fn scheduled(config: OptimizerSection, total_updates: u64) -> Result<AdamW> {
+        lr_schedule::check(&config, total_updates)?;
+        Ok(AdamW { total_updates, config: config.clone(), ..AdamW::new(config)? })
     }
 
     pub fn config(&self) -> &OptimizerSection {
@@ -95,12 +110,10 @@ impl AdamW {
         self.counters.lr_multiplier = multiplier;
     }
 
-    /// Learning rate of the next update t: lr * multiplier * min(1, t / warmup_steps).
+    /// Learning rate of the next update: lr * multiplier * the schedule's factor.
     pub fn next_lr(&self) -> f64 {
-        let update = self.counters.step + 1;
-        let warmup = self.config.warmup_steps;
-        let rise = if update < warmup { update as f64 / warmup as f64 } else { 1.0 };
-        self.config.lr * self.counters.lr_multiplier * rise
+        let factor = lr_schedule::factor(&self.config, self.counters.step + 1, self.total_updates);
+        self.config.lr * self.counters.lr_multiplier * factor
     }
 
     /// Counts an update that was not made because its loss was not finite.

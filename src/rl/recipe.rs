@@ -61,12 +61,31 @@ impl Recipe {
         }
         SigmaSchedule::resolve(&self.noise_injection, steps_per_epoch as u64, self.trainer.epochs)
     }
+
+    /// Which of `n` training questions `step` asks: consecutive ones in its epoch's order; and, with dynamic sampling, what
+    /// may replace some of them.
+    pub fn step_questions(&self, n: usize, schedule: &SigmaSchedule, step: u64) -> Result<[Vec<usize>; 2]> {
+        let order = epoch_order(n, self.data.shuffle, self.seed, schedule.epoch(step))?;
+        let first = ((step - 1) % schedule.steps_per_epoch()) as usize * self.data.prompts_per_step;
+        let own = order[first..first + self.data.prompts_per_step].to_vec();
+        let further = match self.algorithm.dynamic_sampling {
+            Some(_) => further_order(n, &own, self.seed, step as u32)?,
+            None => Vec::new(),
+        };
+        Ok([own, further])
+    }
+
+    /// Optimizer updates of the whole run.
+    pub fn total_updates(&self, schedule: &SigmaSchedule) -> u64 {
+        schedule.total_steps() * (self.data.prompts_per_step / self.trainer.minibatch_prompts) as u64
+    }
 }
 
 /// A question ready for the model.
 #[derive(Clone, Debug)]
 pub struct PreparedQuestion {
     pub index: u32, // position in the data set: part of the noise keys
+    pub question: String,
     pub prompt_ids: Vec<u32>,
     pub ground_truth: String,
 }
@@ -90,7 +109,8 @@ pub fn prepare(questions: &[Question], data: &DataSection, tokenizer: &Tokenizer
                     data.max_prompt_tokens
                 );
             }
-            Ok(PreparedQuestion { index: q.index, prompt_ids, ground_truth: q.ground_truth.clone() })
+            let (question, ground_truth) = (q.question.clone(), q.ground_truth.clone());
+            Ok(PreparedQuestion { index: q.index, question, prompt_ids, ground_truth })
         })
         .collect()
 }
@@ -101,6 +121,15 @@ pub fn epoch_order(n: usize, shuffle: bool, seed: u64, epoch: u64) -> Result<Vec
     if shuffle {
         keyed_shuffle(&mut order, seed, stream(Purpose::Other, Phase::Rollout, 0, 0)?, epoch as u32);
     }
+    Ok(order)
+}
+
+/// What dynamic sampling may ask in `step` besides its `own` questions: all others, in an order of the step's own.
+fn further_order(n: usize, own: &[usize], seed: u64, step: u32) -> Result<Vec<usize>> {
+    let mut is_own = vec![false; n];
+    own.iter().for_each(|&i| is_own[i] = true);
+    let mut order: Vec<usize> = (0..n).filter(|&i| !is_own[i]).collect();
+    keyed_shuffle(&mut order, seed, stream(Purpose::Other, Phase::Rollout, 0, 2)?, step);
     Ok(order)
 }
 

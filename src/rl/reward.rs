@@ -1,4 +1,5 @@
-//! GSM8K's reward: 1 when the answer found in a completion is the ground truth, else 0.
+//! The rules that score a completion: 1 when the answer found in it is the ground truth, else 0. What a configuration makes
+//! of them, of commands and of sums: scorer.rs.
 //!
 //! Three ways to find and compare it (numerics.md section 7):
 //! - strict: in the last 300 characters, the last `#### ` followed by an optional minus, digits, dots and
@@ -8,7 +9,9 @@
 //! - numeric: the last `####`, else the last `\boxed{}`, else the last number; `$ , %` and a trailing dot
 //!   dropped; compared as exact rationals, so `18.0`, `36/2` and `\frac{36}{2}` are 18.
 
+mod command;
 mod number;
+pub mod scorer;
 
 use std::sync::LazyLock;
 

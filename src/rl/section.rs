@@ -3,11 +3,12 @@
 //! Defaults are the recipe of the E5/E9 family: 128 prompts x group of 5, 4 updates a step, AdamW
 //! at a constant 5e-7, clip .2/.2, dual clip 3, KL .001 (k3), token mean.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::stop_rules::StopRule;
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RolloutSection {
     /// Responses per prompt; the advantage compares them, so at least 2.
@@ -36,15 +37,21 @@ impl Default for RolloutSection {
 }
 
 /// How rewards of a group become advantages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Advantage {
     /// (R - mean) / (std + 1e-6) over the group.
     Grpo,
+    /// R - mean: no std (Dr. GRPO; TRL's scale_rewards "none").
+    DrGrpo,
+    /// R - mean of the other members: leave-one-out.
+    Rloo,
+    /// (R - group's mean) / (std + 1e-6 over the step's whole batch) (TRL's scale_rewards "batch").
+    BatchStd,
 }
 
 /// How token losses become one number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Aggregation {
     /// Mean over all tokens of the optimizer batch.
@@ -56,7 +63,7 @@ pub enum Aggregation {
 }
 
 /// Estimator of KL(policy || reference) per token, x = ref - new: -x, x^2/2, e^x - 1 - x.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum KlEstimator {
     K1,
@@ -64,7 +71,17 @@ pub enum KlEstimator {
     K3,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// Whose probabilities the ratio compares.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum RatioLevel {
+    /// Each token's.
+    Token,
+    /// The whole response's, per token: exp(mean of new - old) (GSPO; TRL's importance_sampling_level).
+    Sequence,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct AlgorithmSection {
     pub advantage: Advantage,
@@ -77,6 +94,27 @@ pub struct AlgorithmSection {
     /// 0 = no reference policy is held or run.
     pub kl_coef: f64,
     pub kl_estimator: KlEstimator,
+    pub ratio: RatioLevel,
+    /// C: the policy loss times min(exp(old - rollout), C), for rollouts under other noise than the update. null = off.
+    pub truncated_importance: Option<f64>,
+    /// Added to the loss: -entropy_coef * mean entropy of a token. 0 = off.
+    pub entropy_coef: f64,
+    /// null = off.
+    pub dynamic_sampling: Option<DynamicSampling>,
+}
+
+/// Groups whose rewards are all equal are replaced by further questions (DAPO).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct DynamicSampling {
+    /// Rounds of sampling a step, the first included; then it trains on what there is.
+    pub max_rounds: u64,
+}
+
+impl Default for DynamicSampling {
+    fn default() -> DynamicSampling {
+        DynamicSampling { max_rounds: 3 }
+    }
 }
 
 impl Default for AlgorithmSection {
@@ -89,11 +127,26 @@ impl Default for AlgorithmSection {
             aggregation: Aggregation::TokenMean,
             kl_coef: 0.001,
             kl_estimator: KlEstimator::K3,
+            ratio: RatioLevel::Token,
+            truncated_importance: None,
+            entropy_coef: 0.0,
+            dynamic_sampling: None,
         }
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// What the learning rate does after warm-up, over the run's optimizer updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LrSchedule {
+    Constant,
+    /// Down to min_lr_ratio * lr on a straight line.
+    Linear,
+    /// Down to it on half a cosine.
+    Cosine,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerSection {
     pub lr: f64,
@@ -105,8 +158,12 @@ pub struct OptimizerSection {
     pub decay_norms_and_biases: bool,
     /// Largest global gradient norm; null = no clipping.
     pub grad_clip: Option<f64>,
-    /// Optimizer updates of linear warm-up to `lr`; constant afterwards.
+    /// Optimizer updates of linear warm-up to `lr`.
     pub warmup_steps: u64,
+    /// What follows.
+    pub schedule: LrSchedule,
+    /// Where linear and cosine end, as a share of `lr`.
+    pub min_lr_ratio: f64,
 }
 
 impl Default for OptimizerSection {
@@ -119,11 +176,13 @@ impl Default for OptimizerSection {
             decay_norms_and_biases: true,
             grad_clip: Some(1.0),
             warmup_steps: 0,
+            schedule: LrSchedule::Constant,
+            min_lr_ratio: 0.0,
         }
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrainerSection {
     pub epochs: u64,
@@ -182,14 +241,19 @@ impl Default for TrainerSection {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardKind {
+    /// An answer as GSM8K has it, found by `mode`.
     Gsm8k,
+    /// A number, whatever the set: the last `####`, boxed or plain one, as a rational; `mode` says nothing.
+    Numeric,
+    /// What `command` says.
+    Command,
 }
 
 /// How an answer is taken out of a response.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardMode {
     /// The last `#### number` of the last 300 characters, string equality.
@@ -200,17 +264,76 @@ pub enum RewardMode {
     Numeric,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RewardSection {
     pub kind: RewardKind,
     pub mode: RewardMode,
     /// Control arm: the step's rewards in a random order, so that they say nothing of the answers.
     pub shuffled: bool,
+    /// A program and its arguments, for `kind: command`: JSON lines in, JSON lines out (rl/reward/command.rs).
+    pub command: Option<Vec<String>>,
+    /// Seconds that a command has for a batch of responses.
+    pub timeout_s: f64,
+    /// Times that a command that failed is started again before the run ends.
+    pub max_restarts: u64,
+    /// A penalty for long responses; null = off.
+    pub overlong: Option<Overlong>,
+    /// A weighted sum of several, in place of `kind`, `mode` and `command`. The first part says what is right in validation.
+    pub sum: Vec<RewardPart>,
 }
 
 impl Default for RewardSection {
     fn default() -> RewardSection {
-        RewardSection { kind: RewardKind::Gsm8k, mode: RewardMode::Strict, shuffled: false }
+        RewardSection {
+            kind: RewardKind::Gsm8k,
+            mode: RewardMode::Strict,
+            shuffled: false,
+            command: None,
+            timeout_s: 60.0,
+            max_restarts: 3,
+            overlong: None,
+            sum: Vec::new(),
+        }
+    }
+}
+
+impl RewardSection {
+    /// Whether anything is scored by a command.
+    pub fn has_command(&self) -> bool {
+        match self.sum.as_slice() {
+            [] => self.kind == RewardKind::Command,
+            sum => sum.iter().any(|part| part.kind == RewardKind::Command),
+        }
+    }
+}
+
+/// factor * clip((max_response_tokens - buffer_tokens - tokens) / buffer_tokens, -1, 0), added to the reward (DAPO).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Overlong {
+    pub buffer_tokens: usize,
+    pub factor: f64,
+}
+
+impl Default for Overlong {
+    fn default() -> Overlong {
+        Overlong { buffer_tokens: 0, factor: 1.0 }
+    }
+}
+
+/// One part of a sum.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct RewardPart {
+    pub kind: RewardKind,
+    pub mode: RewardMode,
+    pub command: Option<Vec<String>>,
+    pub weight: f64,
+}
+
+impl Default for RewardPart {
+    fn default() -> RewardPart {
+        RewardPart { kind: RewardKind::Gsm8k, mode: RewardMode::Strict, command: None, weight: 1.0 }
     }
 }

@@ -6,15 +6,17 @@
 
 use std::path::Path;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::evaluation::Condition;
+use super::section::{AlgorithmSection, RewardSection};
 use crate::inject::section::{FakeQuantSection, InjectPhase, NoiseInjectionSection, NoisyOpsSection};
 use crate::run::stopped::{Comparison, Stopped};
 use crate::{Error, Result, input_error};
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct StopRule {
     /// null: the metric and its bound.
@@ -117,7 +119,13 @@ impl StopRules {
 }
 
 /// The metrics that a run under these sections has.
-pub fn metrics(aqn: &NoiseInjectionSection, ops: &NoisyOpsSection, quant: &FakeQuantSection) -> Vec<String> {
+pub fn metrics(
+    algorithm: &AlgorithmSection,
+    reward: &RewardSection,
+    aqn: &NoiseInjectionSection,
+    ops: &NoisyOpsSection,
+    quant: &FakeQuantSection,
+) -> Vec<String> {
     const ALWAYS: [&str; 19] = [
         "reward/mean",
         "reward/strict",
@@ -158,6 +166,7 @@ pub fn metrics(aqn: &NoiseInjectionSection, ops: &NoisyOpsSection, quant: &FakeQ
         names.extend(quant.activations.map(|_| "quant/activation_sqnr_db"));
     }
     let mut names: Vec<String> = names.into_iter().map(str::to_string).collect();
+    names.extend(super::metrics::optional(algorithm, reward));
     let noisy = ops.enabled && ops.error_scale != 0.0 && ops.phases.contains(InjectPhase::Validation);
     let quantized = quant.enabled && quant.phases.contains(InjectPhase::Validation);
     for condition in Condition::ALL.into_iter().filter(|condition| condition.applies(noisy, quantized)) {

@@ -1,5 +1,6 @@
 //! The training run, top to bottom: validate, then per step noise, rollout, rewards, update, measure, log, checkpoint.
 
+use std::cell::Cell;
 use std::time::Instant;
 
 use tch::Device;
@@ -10,8 +11,9 @@ use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
 use super::microbatch::Halvings;
 use super::optimizer::AdamW;
-use super::recipe::{PreparedQuestion, Recipe, epoch_order};
-use super::rollout::rollout;
+use super::recipe::Recipe;
+use super::reward::scorer::Scorer;
+use super::rollout::Sampler;
 use super::state::{self, TrainerState};
 use super::stop_rules::StopRules;
 use super::timing::{start_monitor, timing_row};
@@ -94,6 +96,7 @@ struct Run<'a> {
     tensorboard: TensorBoard,
     last_score: Option<CheckpointScore>,
     rules: StopRules,
+    scorer: Scorer,
     monitor: Option<Monitor>,
     outcome: Outcome,
 }
@@ -115,7 +118,7 @@ impl<'a> Run<'a> {
         }
         let retention = Retention { keep_last: recipe.trainer.keep_last, keep_best: recipe.trainer.keep_best };
         let store = CheckpointStore::open(dir.path(), retention)?;
-        let mut optimizer = AdamW::new(recipe.optimizer.clone())?;
+        let mut optimizer = AdamW::scheduled(recipe.optimizer.clone(), recipe.total_updates(&schedule))?;
         let (state, resumed_after) = match dir.start() {
             Start::Fresh => {
                 let prompts = recipe.calibration_prompts(&workload.train);
@@ -145,6 +148,7 @@ impl<'a> Run<'a> {
             tensorboard: TensorBoard::open(&dir.file("tb"), resumed_after)?,
             outcome: Outcome { run_dir: dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 },
             last_score: None,
+            scorer: Scorer::new(&recipe.reward)?,
             rules: StopRules::replay(&recipe.trainer.stop_rules, &dir.file("metrics.jsonl"))?,
             monitor: start_monitor(launch.monitor.as_ref(), launch.console),
             recipe,
@@ -220,37 +224,34 @@ impl<'a> Run<'a> {
         stopped::write(self.dir.path(), self.rules.fired())
     }
 
-    /// The questions of `step`: consecutive ones in its epoch's order.
-    fn questions(&self, step: u64) -> Result<Vec<&'a PreparedQuestion>> {
-        let (n, recipe) = (self.workload.train.len(), self.recipe);
-        let order = epoch_order(n, recipe.data.shuffle, recipe.seed, self.schedule.epoch(step))?;
-        let first = ((step - 1) % self.schedule.steps_per_epoch()) as usize * recipe.data.prompts_per_step;
-        Ok(order[first..first + recipe.data.prompts_per_step].iter().map(|&i| &self.workload.train[i]).collect())
-    }
-
     fn step(&mut self, step: u64) -> Result<()> {
         let started = Instant::now();
         self.monitor.iter().for_each(Monitor::begin_step);
         let sigma = self.schedule.sigma(step);
         let key_step = step as u32;
-        let questions = self.questions(step)?;
+        let asked = self.recipe.step_questions(self.workload.train.len(), &self.schedule, step)?;
+        let [questions, further] =
+            asked.map(|indices| indices.iter().map(|&i| &self.workload.train[i]).collect::<Vec<_>>());
         let console = self.launch.console;
 
         aqn::apply(&self.model, &self.injector, key_step, sigma)?;
         let sequences = (questions.len() * self.recipe.rollout.group_size) as u64;
         let mut bar = console.progress(&format!("step {step}"), 2 * sequences);
         bar.set_message("rollout");
-        let experience = rollout(
-            &self.model,
-            &self.injector,
-            &self.workload.tokenizer,
-            self.recipe,
-            &questions,
-            key_step,
-            &mut self.state.halvings.rollout,
-            &|line| console.warn(line),
-            |done| bar.inc(done as u64),
-        )?;
+        let halvings = Cell::new(self.state.halvings.rollout);
+        let sampler = Sampler {
+            model: &self.model,
+            injector: &self.injector,
+            tokenizer: &self.workload.tokenizer,
+            recipe: self.recipe,
+            scorer: &self.scorer,
+            step: key_step,
+            halvings: &halvings,
+            warn: &|line| console.warn(line),
+        };
+        let experience = sampler.rollout(&questions, &further, |done| bar.inc(done as u64))?;
+        self.state.halvings.rollout = halvings.get();
+        experience.warnings.iter().for_each(|warning| console.warn(warning));
         if !self.injector.aqn_applies(crate::numerics::noise_key::Phase::Update) {
             aqn::clear(&self.model);
         }
@@ -276,7 +277,7 @@ impl<'a> Run<'a> {
 
         let injected = self.injector.finish_step(step, sigma)?;
         self.report_disagreements(&injected);
-        let row = metrics_row(step, self.schedule.epoch(step), &experience, &summary, &injected);
+        let row = metrics_row(self.recipe, step, self.schedule.epoch(step), &experience, &summary, &injected);
         self.metrics.write(&row)?;
         self.injection.write_rows(&injected.rows)?;
         self.samples.write_rows(&sample_rows(step, &experience, self.recipe.trainer.samples_per_step))?;
@@ -302,7 +303,7 @@ impl<'a> Run<'a> {
             model: &self.model,
             tokenizer: &self.workload.tokenizer,
             questions: &self.workload.val,
-            mode: self.recipe.reward.mode,
+            scorer: &self.scorer,
             max_new_tokens: self.recipe.data.max_response_tokens,
             batch_size: self.recipe.trainer.val_batch_size,
         };
@@ -312,6 +313,7 @@ impl<'a> Run<'a> {
             let mut bar = console.progress(&label, self.workload.val.len() as u64);
             let answers = evaluation.run(&condition.pass(&self.injector), |done| bar.inc(done as u64))?;
             bar.finish();
+            self.scorer.take_warnings().iter().for_each(|warning| console.warn(warning));
             results.push((condition, answers));
         }
         let validation = Validation { step, conditions: results };

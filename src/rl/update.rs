@@ -61,6 +61,7 @@ struct MiniBatch<'a> {
     sequences: Vec<&'a Sequence>,
     advantages: Vec<f32>,      // [sequences]
     old: Tensor,               // f32 [response tokens]
+    sampled: Tensor,           // f32 [response tokens], as the rollout had them
     reference: Option<Tensor>, // f32 [response tokens]
 }
 
@@ -115,6 +116,7 @@ impl Updater<'_> {
         summary.loss = total.metrics;
         summary.loss.policy_loss /= updates;
         summary.loss.kl_loss /= updates;
+        summary.loss.entropy_loss /= updates;
         summary.grad_norm /= (summary.updates - summary.skipped).max(1) as f64;
         summary.seconds_update = started.elapsed().as_secs_f64();
         Ok(summary)
@@ -144,7 +146,7 @@ impl Updater<'_> {
             gap += f64::try_from(old.f_sub(&sampled)?.f_abs()?.f_sum(Kind::Double)?)?;
             tokens += old.numel();
             let advantages = minibatch.iter().map(|&i| rollout.advantages[i] as f32).collect();
-            minibatches.push(MiniBatch { sequences, advantages, old, reference });
+            minibatches.push(MiniBatch { sequences, advantages, old, sampled, reference });
         }
         summary.logprob_gap_abs = gap / tokens.max(1) as f64;
         Ok(minibatches)
@@ -240,11 +242,14 @@ impl Updater<'_> {
         let advantages = &minibatch.advantages[part.clone()];
         let advantages = Tensor::f_from_slice(advantages)?.f_to_device(self.model.device())?;
         let old = minibatch.narrow(&minibatch.old, part)?;
+        let sampled = minibatch.narrow(&minibatch.sampled, part)?;
         let reference = minibatch.reference.as_ref().map(|r| minibatch.narrow(r, part)).transpose()?;
         let inputs = PolicyLossInputs {
             new_logprobs: &logprobs,
             old_logprobs: &old,
             ref_logprobs: reference.as_ref(),
+            rollout_logprobs: Some(&sampled),
+            entropy: Some(&entropy),
             advantages: &advantages,
             mask: None,
             sequence_lengths: &minibatch.lengths(part),
@@ -256,7 +261,7 @@ impl Updater<'_> {
                 None => run_backward(&output.loss)?,
             }
         }
-        Ok((output.metrics, f64::try_from(entropy.f_sum(Kind::Double)?)?))
+        Ok((output.metrics, f64::try_from(entropy.f_detach()?.f_sum(Kind::Double)?)?))
     }
 
     /// dW's error per update, clipping, AdamW, rounding into the compute weights. True when the update was skipped.

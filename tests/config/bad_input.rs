@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 69] = [
+const TABLE: [(&str, &[&str]); 92] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
@@ -95,10 +95,76 @@ const TABLE: [(&str, &[&str]); 69] = [
     ("fake_quant: {calibration_prompts: 0}", &["fake_quant.calibration_prompts: found 0, expected 1 or more"]),
     ("name: a/b", &["name"]),
     // Known, not there yet.
-    ("algorithm: {advantage: dr_grpo}", &["algorithm.advantage: `dr_grpo` is known, but not available yet"]),
-    ("reward: {kind: command}", &["reward.kind: `command` is known, but not available yet"]),
+    (
+        "algorithm: {advantage: gae}",
+        &["algorithm.advantage: found `gae`, expected one of `grpo`, `dr_grpo`, `rloo`, `batch_std`"],
+    ),
     ("model: {lora: {rank: 32}}", &["model", "duplicate"]),
+    // Options of the algorithm.
+    ("algorithm: {ratio: sentence}", &["algorithm.ratio: found `sentence`, expected `token` or `sequence`"]),
+    (
+        "algorithm: {truncated_importance: 0}",
+        &["algorithm.truncated_importance: found 0, expected a number above 0, or null"],
+    ),
+    ("algorithm: {entropy_coef: .inf}", &["algorithm.entropy_coef: found inf, expected a finite number"]),
+    (
+        "algorithm: {dynamic_sampling: true}",
+        &["algorithm.dynamic_sampling: found `true`, expected a section with keys max_rounds"],
+    ),
+    (
+        "algorithm: {dynamic_sampling: {rounds: 3}}",
+        &["dynamic_sampling.rounds: unknown key; nearest known key: algorithm.dynamic_sampling.max_rounds"],
+    ),
+    (
+        "algorithm: {dynamic_sampling: {max_rounds: 0}}",
+        &["algorithm.dynamic_sampling.max_rounds: found 0, expected 1 or more"],
+    ),
+    (
+        "algorithm: {dynamic_sampling: {}}\nnoisy_ops: {enabled: true, dw_draw: per_microbatch}",
+        &["algorithm.dynamic_sampling: found with noisy_ops.dw_draw: per_microbatch, expected per_update"],
+    ),
+    (
+        "optimizer: {schedule: step}",
+        &["optimizer.schedule: found `step`, expected one of `constant`, `linear`, `cosine`"],
+    ),
+    (
+        "optimizer: {schedule: linear, min_lr_ratio: 2}",
+        &["optimizer.min_lr_ratio: found 2, expected a share of lr in [0, 1]"],
+    ),
+    ("optimizer: {min_lr_ratio: 0.1}", &["optimizer.min_lr_ratio: found 0.1 with schedule: constant"]),
+    // Rewards.
+    (
+        "reward: {kind: command}",
+        &[
+            "reward.command: found null with kind: command, expected a program and its arguments such as [python3, score.py]",
+        ],
+    ),
+    ("reward: {kind: command, command: []}", &["reward.command: found no program"]),
+    ("reward: {kind: command, command: score.py}", &["reward.command: found string \"score.py\", expected a list"]),
+    ("reward: {command: [score.py]}", &["reward.command: found a command with another kind, expected kind: command"]),
+    ("reward: {timeout_s: 0}", &["reward.timeout_s: found 0, expected a number of seconds above 0"]),
+    (
+        "reward: {sum: [{kind: numeric, wait: 1}]}",
+        &["reward.sum[0].wait: unknown key; nearest known key: reward.sum[].weight"],
+    ),
+    (
+        "reward: {sum: [numeric]}",
+        &["reward.sum[0]: found string \"numeric\", expected a part such as {kind: numeric, weight: 1.0}"],
+    ),
+    ("reward: {sum: [{weight: 0}]}", &["reward.sum[0].weight: found 0, expected a number other than 0"]),
+    ("reward: {sum: [{kind: gsm8k}, {kind: command}]}", &["reward.sum[1].command: found null with kind: command"]),
+    ("reward: {kind: command, command: [x], sum: [{}]}", &["reward.sum: found with reward.command"]),
+    ("reward: {overlong: {buffer_tokens: 2000}}", &["reward.overlong.buffer_tokens: found 2000, expected 1 to 1024"]),
+    ("reward: {overlong: {factor: 1}}", &["reward.overlong.buffer_tokens: found 0, expected 1 to 1024"]),
+    (
+        "reward: {overlong: {buffer_tokens: 9, factor: -1}}",
+        &["reward.overlong.factor: found -1, expected a number, 0 or more"],
+    ),
     // Stop rules: a list of sections.
+    (
+        "trainer: {stop_rules: [{metric: loss/entropy, above: 1}]}",
+        &["trainer.stop_rules[0].metric: found \"loss/entropy\", which this run does not have"],
+    ),
     (
         "trainer: {stop_rules: [entropy]}",
         &["trainer.stop_rules[0]: found string \"entropy\", expected a rule such as {metric: entropy, above: 1.0}"],

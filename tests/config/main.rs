@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod explained;
 mod plan_command;
 mod registry;
 mod sources;

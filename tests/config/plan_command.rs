@@ -100,6 +100,48 @@ fn unused_keys_and_reproduced_defects_are_said() {
     assert_eq!(json["modules"].as_array().unwrap().last().unwrap()["matmul_error"], 0.05);
 }
 
+/// Every row of the registry that needs no adapter, as a user sees it: steps, modules with AQN, error, formats.
+#[test]
+fn every_row_of_the_registry_has_a_plan() {
+    let dir = tempfile::tempdir().unwrap();
+    let clean = "matmul error: ";
+    for (name, steps, aqn, shows, lacks) in [
+        ("baseline", 58, 0, "", clean),
+        ("baseline_2ep", 116, 0, "", clean),
+        ("mxfp4_only", 58, 0, "mxfp4", clean),
+        ("mxfp4_aqn", 58, 57, "mxfp4", clean),
+        ("1a", 174, 196, "mxfp4", clean),
+        ("1c", 174, 196, "5.000e-3", clean),
+        ("1d", 174, 196, "1.000e-3", clean),
+        ("1e", 174, 57, "5.000e-2", clean),
+        ("nvfp4", 174, 57, "nvfp4", clean),
+        ("w4a4_mxfp4", 58, 0, "activation scale token", clean),
+        ("w4a4_nvfp4", 58, 0, "activation scale token", clean),
+        ("e5", 116, 0, clean, "mxfp4"),
+        ("e5a", 116, 57, clean, "mxfp4"),
+        ("e5b", 116, 57, clean, "mxfp4"),
+        ("e5c", 116, 57, "1.000e-2", "mxfp4"),
+        ("e5d", 116, 57, "1.000e-4", "mxfp4"),
+        ("e9a", 116, 8, "14-17", "mxfp4"),
+        ("e9b", 116, 57, "10-13, 18-21", "mxfp4"),
+        ("e9c", 116, 8, "1.5", "mxfp4"),
+        ("dapo", 58, 0, "", clean),
+        ("dr_grpo", 58, 0, "", clean),
+        ("gspo", 58, 0, "", clean),
+    ] {
+        let file = registry_file(&format!("{name}.yaml")).display().to_string();
+        let output = temper(dir.path(), &["plan", &file, "--steps-per-epoch", "58"]);
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && output.stderr.is_empty(), "{name}");
+        let head = text.lines().next().unwrap();
+        assert!(head.starts_with(&format!("{name} (")), "{head}");
+        assert!(head.ends_with(&format!("): {steps} steps = {} epochs x 58", steps / 58)), "{head}");
+        assert!(text.contains(shows), "{name} lacks {shows}:\n{text}");
+        assert!(!text.contains(lacks), "{name} has {lacks}:\n{text}");
+        assert_eq!(text.contains(&format!("AQN: {aqn} modules")), aqn > 0, "{name}:\n{text}");
+    }
+}
+
 #[test]
 fn the_table_shows_stages_and_modules() {
     let output = plan(&["--steps-per-epoch", "58"]);

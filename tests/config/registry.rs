@@ -5,6 +5,7 @@ use temper::config::Config;
 use temper::inject::plan::{InjectionPlan, ModuleKind};
 use temper::inject::schedule::SigmaSchedule;
 use temper::model::config::Qwen2Config;
+use temper::rl::section::{Advantage, Aggregation, RatioLevel};
 
 fn plan(config: &Config) -> InjectionPlan {
     let modules = Qwen2Config::preset(config.model.preset.as_deref().unwrap()).unwrap().modules();
@@ -88,6 +89,37 @@ fn every_row_of_the_registry_resolves_to_what_it_says() {
             (config.rollout.group_size, config.data.prompts_per_step / config.trainer.minibatch_prompts),
             (5, 4)
         );
+    }
+}
+
+/// The recipes of papers differ from the baseline in their algorithm alone; DAPO in its groups and reward too.
+#[test]
+fn the_papers_recipes_are_the_baseline_with_another_algorithm() {
+    let baseline = load("baseline.yaml");
+    for (name, advantage, ratio, clip, aggregation) in [
+        ("dapo", Advantage::Grpo, RatioLevel::Token, (0.2, 0.28), Aggregation::TokenMean),
+        ("dr_grpo", Advantage::DrGrpo, RatioLevel::Token, (0.2, 0.2), Aggregation::SumOverLmax),
+        ("gspo", Advantage::Grpo, RatioLevel::Sequence, (3e-4, 4e-4), Aggregation::SequenceMean),
+    ] {
+        let config = load(&format!("{name}.yaml"));
+        let algorithm = &config.algorithm;
+        assert_eq!(
+            (algorithm.advantage, algorithm.ratio, algorithm.aggregation),
+            (advantage, ratio, aggregation),
+            "{name}"
+        );
+        assert_eq!((algorithm.clip_low, algorithm.clip_high), clip, "{name}");
+        assert_eq!((algorithm.dual_clip, algorithm.kl_coef), (None, 0.0), "{name}");
+        assert_eq!(config.name, name);
+        let mut same = config.clone();
+        (same.algorithm, same.name) = (baseline.algorithm.clone(), baseline.name.clone());
+        if name == "dapo" {
+            assert_eq!((config.rollout.group_size, algorithm.dynamic_sampling.clone().unwrap().max_rounds), (8, 5));
+            assert_eq!(config.reward.overlong.clone().unwrap().buffer_tokens, 256);
+            (same.rollout, same.reward) = (baseline.rollout.clone(), baseline.reward.clone());
+        }
+        assert_eq!(same, baseline, "{name}");
+        assert_eq!(schedule(&config).total_steps(), 58);
     }
 }
 

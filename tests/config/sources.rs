@@ -124,6 +124,28 @@ fn the_resolved_yaml_loads_to_the_same_configuration() {
     }
 }
 
+/// Hashes from before algorithm.ratio, entropy_coef, dynamic_sampling, optimizer.schedule, reward.sum and their like: a run
+/// directory of then is the same experiment now.
+#[test]
+fn new_keys_at_their_defaults_leave_old_hashes() {
+    for (name, hash) in [
+        ("1a", "331966e0"),
+        ("baseline", "d37d402f"),
+        ("debug", "28c52c72"),
+        ("e5", "15131d8c"),
+        ("e5c", "6a55452c"),
+        ("e5c_mini", "e95c1c1c"),
+        ("e9a", "51f7dcc1"),
+        ("e9b", "1f12fbac"),
+        ("mxfp4_aqn", "59217077"),
+        ("nvfp4", "0fe9779c"),
+        ("quickstart", "7cbe0583"),
+        ("w4a4_nvfp4", "830d595d"),
+    ] {
+        assert_eq!(load(&format!("{name}.yaml")).hash(), hash, "{name}");
+    }
+}
+
 #[test]
 fn the_hash_is_of_the_experiment_alone() {
     let hash = |sets: &[&str]| {
@@ -144,6 +166,12 @@ fn the_hash_is_of_the_experiment_alone() {
         "model.path=/models/Qwen2.5-1.5B-Instruct/",
         "fake_quant.weights=nvfp4", // quantization is off
         "optimizer.lr=0.0000005",
+        "reward.timeout_s=5",
+        "reward.max_restarts=0",
+        "algorithm.ratio=token",
+        "algorithm.entropy_coef=0",
+        "optimizer.schedule=constant",
+        "reward.sum=[]",
     ] {
         assert_eq!(hash(&[operational]), e9b, "{operational}");
     }
@@ -158,6 +186,15 @@ fn the_hash_is_of_the_experiment_alone() {
         "fake_quant.enabled=true",
         "trainer.epochs=3",
         "data.prompt_suffix=x",
+        "algorithm.advantage=rloo",
+        "algorithm.ratio=sequence",
+        "algorithm.truncated_importance=2",
+        "algorithm.entropy_coef=0.001",
+        "algorithm.dynamic_sampling={}",
+        "optimizer.schedule=linear",
+        "reward.kind=numeric",
+        "reward.overlong={buffer_tokens: 9}",
+        "reward.sum=[{}]",
     ] {
         let found = hash(&[identifying]);
         assert!(!seen.contains(&found), "{identifying}");

@@ -4,6 +4,7 @@
 mod activation_scales;
 mod bad_input;
 mod bench;
+mod options;
 mod out_of_memory;
 mod outputs;
 mod packed;

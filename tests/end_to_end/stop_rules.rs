@@ -166,6 +166,16 @@ fn a_killed_run_stops_where_the_whole_one_does() {
     }
 }
 
+/// Everything that adds a metric.
+const OPTIONS: &str = "
+trainer: {epochs: 1}
+algorithm: {truncated_importance: 2, entropy_coef: 0.001, dynamic_sampling: {max_rounds: 2}}
+reward:
+  sum:
+    - {kind: numeric}
+    - {kind: command, weight: 0.1, command: [python3, -c, \"import json, sys\\nfor line in sys.stdin: print(json.dumps({'id': json.loads(line)['id'], 'reward': 0.5}), flush=True)\"]}
+  overlong: {buffer_tokens: 4}";
+
 /// The names that a rule may use are the numbers that a run's rows have.
 #[test]
 fn every_metric_can_be_in_a_rule() {
@@ -174,6 +184,7 @@ fn every_metric_can_be_in_a_rule() {
         ("noisy", "trainer: {epochs: 1}\nnoisy_ops: {enabled: true}".to_string()),
         ("clean", "trainer: {epochs: 1}\nnoisy_ops: {enabled: false}\nnoise_injection: {enabled: false}".to_string()),
         ("all", "trainer: {epochs: 1}\nfake_quant: {enabled: true, weights: mxfp4, activations: mxfp4}".to_string()),
+        ("options", OPTIONS.to_string()),
     ] {
         let path = config(dir.path(), name, &yaml);
         let out = dir.path().join(format!("{name}-out"));
@@ -185,7 +196,8 @@ fn every_metric_can_be_in_a_rule() {
         }
         ["step", "epoch", "val/n"].iter().for_each(|key| assert!(found.remove(*key)));
         let config = temper::config::load(&path, &[]).unwrap();
-        let known = metrics(&config.noise_injection, &config.noisy_ops, &config.fake_quant);
+        let (algorithm, reward) = (&config.algorithm, &config.reward);
+        let known = metrics(algorithm, reward, &config.noise_injection, &config.noisy_ops, &config.fake_quant);
         assert_eq!(known.into_iter().collect::<BTreeSet<_>>(), found, "{name}");
     }
 }

@@ -58,6 +58,23 @@ fn verl_parquet_without_extra_info_takes_the_user_turn() {
     assert_eq!((questions[0].answer.as_str(), questions[0].ground_truth.as_str()), ("", "999"));
 }
 
+/// Other sets: the final answer as it stands, text or number, whatever the worked answer says.
+#[test]
+fn a_ground_truth_of_its_own_is_the_final_answer() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("q.jsonl");
+    let lines = [
+        "{\"question\": \"a?\", \"ground_truth\": \"\\\\frac{1}{2}\", \"level\": 5}",
+        "{\"question\": \"b?\", \"ground_truth\": -1.5, \"answer\": \"so #### 2\"}",
+        "{\"question\": \"c?\", \"ground_truth\": \" 1,234 \", \"answer\": \"no marker\"}",
+    ];
+    std::fs::write(&path, lines.join("\n")).unwrap();
+    let questions = data::load(&path, None).unwrap();
+    let truths: Vec<&str> = questions.iter().map(|q| q.ground_truth.as_str()).collect();
+    assert_eq!(truths, ["\\frac{1}{2}", "-1.5", "1234"]);
+    assert_eq!(questions[1].answer, "so #### 2");
+}
+
 #[test]
 fn a_broken_line_is_named() {
     let dir = tempfile::tempdir().unwrap();
@@ -70,6 +87,8 @@ fn a_broken_line_is_named() {
         ("[1]", "q.jsonl:3: "),
         ("{\"question\": \"a?\", \"answer\": \"2\"}", "q.jsonl:3: answer: found no final answer"),
         ("{\"question\": \"a?\", \"answer\": \"2 ####  \"}", "q.jsonl:3: answer: found no final answer"),
+        ("{\"question\": \"a?\", \"ground_truth\": \" \"}", "q.jsonl:3: ground_truth: found an empty text"),
+        ("{\"question\": \"a?\", \"ground_truth\": [1]}", "q.jsonl:3: data did not match"),
     ] {
         std::fs::write(&path, format!("{good}\r\n\n{bad}\n{good}\n")).unwrap();
         let error = error_of(&path);

@@ -3,15 +3,18 @@
 
 use tch::{Kind, Tensor};
 use temper::rl::loss::{LossMetrics, LossNormalizer, PolicyLossConfig, PolicyLossInputs, policy_loss};
-use temper::rl::section::{Aggregation, KlEstimator};
+use temper::rl::section::{Aggregation, KlEstimator, RatioLevel};
 
-const CONFIG: PolicyLossConfig = PolicyLossConfig {
+pub const CONFIG: PolicyLossConfig = PolicyLossConfig {
     clip_low: 0.2,
     clip_high: 0.2,
     dual_clip: Some(3.0),
     aggregation: Aggregation::TokenMean,
     kl_coef: 0.0,
     kl_estimator: KlEstimator::K3,
+    ratio: RatioLevel::Token,
+    truncated_importance: None,
+    entropy_coef: 0.0,
 };
 
 struct Batch {
@@ -37,6 +40,8 @@ impl Batch {
                 new_logprobs: &new,
                 old_logprobs: &Tensor::from_slice(&self.old),
                 ref_logprobs: self.reference.as_ref().map(|r| Tensor::from_slice(r)).as_ref(),
+                rollout_logprobs: None,
+                entropy: None,
                 advantages: &Tensor::from_slice(&self.advantages),
                 mask: self.mask.as_ref().map(|m| Tensor::from_slice(m)).as_ref(),
                 sequence_lengths: &self.lengths,
@@ -278,18 +283,25 @@ fn wrong_inputs_are_refused() {
         new_logprobs: &new,
         old_logprobs: &new,
         ref_logprobs: None,
+        rollout_logprobs: None,
+        entropy: None,
         advantages: &advantages,
         mask: None,
         sequence_lengths: &[1, 2],
     };
     let short = Tensor::zeros([2], (Kind::Float, tch::Device::Cpu));
     let with_kl = PolicyLossConfig { kl_coef: 0.1, ..CONFIG };
+    let with_importance = PolicyLossConfig { truncated_importance: Some(2.0), ..CONFIG };
+    let with_entropy = PolicyLossConfig { entropy_coef: 0.1, ..CONFIG };
     for (inputs, config, normalizer, says) in [
         (PolicyLossInputs { old_logprobs: &short, ..inputs }, CONFIG, normalizer(3, 2), "old_logprobs"),
         (PolicyLossInputs { sequence_lengths: &[1, 1], ..inputs }, CONFIG, normalizer(3, 2), "new_logprobs"),
         (PolicyLossInputs { sequence_lengths: &[1, 1, 1], ..inputs }, CONFIG, normalizer(3, 3), "advantages"),
         (PolicyLossInputs { sequence_lengths: &[], ..inputs }, CONFIG, normalizer(3, 2), "no response token"),
         (inputs, with_kl, normalizer(3, 2), "reference"),
+        (inputs, with_importance, normalizer(3, 2), "rollout log-probs"),
+        (inputs, with_entropy, normalizer(3, 2), "no entropy"),
+        (PolicyLossInputs { entropy: Some(&short), ..inputs }, CONFIG, normalizer(3, 2), "entropy: found shape"),
         (inputs, CONFIG, normalizer(2, 2), "whole optimizer batch"),
         (inputs, CONFIG, normalizer(3, 1), "whole optimizer batch"),
         (inputs, CONFIG, normalizer(0, 2), "divisor"),

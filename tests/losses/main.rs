@@ -3,5 +3,8 @@
 
 mod adamw;
 mod advantage;
+mod command;
+mod entropy;
 mod hand_tables;
+mod options;
 mod trl;

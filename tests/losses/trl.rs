@@ -1,12 +1,12 @@
 //! The loss, its gradient and its metrics against TRL's own (goldens/policy_loss.json), AdamW against
-//! torch.optim's (goldens/adamw.json). tests/oracle/make_loss_goldens.py makes both.
+//! torch.optim's (goldens/adamw.json), learning-rate schedules against transformers' (goldens/lr_schedules.json). tests/oracle/make_loss_goldens.py makes both.
 
 use serde::Deserialize;
 use tch::Tensor;
 use temper::rl::loss::{LossMetrics, LossNormalizer, PolicyLossConfig, PolicyLossInputs, policy_loss};
+use temper::rl::lr_schedule;
 use temper::rl::optimizer::{AdamW, ParamRef};
-use temper::rl::section::OptimizerSection;
-use temper::rl::section::{Aggregation, KlEstimator};
+use temper::rl::section::{Aggregation, KlEstimator, LrSchedule, OptimizerSection, RatioLevel};
 
 #[derive(Deserialize)]
 struct LossGoldens {
@@ -15,6 +15,7 @@ struct LossGoldens {
     new: Vec<f32>,
     old: Vec<f32>,
     reference: Vec<f32>,
+    rollout: Vec<f32>,
     advantages: Vec<f32>,
     cases: Vec<LossCase>,
 }
@@ -26,6 +27,9 @@ struct LossCase {
     epsilon: f64,
     epsilon_high: Option<f64>,
     delta: Option<f64>,
+    ratio: RatioLevel,
+    truncated_importance: Option<f64>,
+    entropy_coef: f64,
     loss: f64,
     gradient: Vec<f64>,
     kl: Option<f64>,
@@ -51,6 +55,9 @@ impl LossGoldens {
             },
             kl_coef: case.beta,
             kl_estimator: KlEstimator::K3,
+            ratio: case.ratio,
+            truncated_importance: case.truncated_importance,
+            entropy_coef: case.entropy_coef,
         };
         let normalizer = LossNormalizer {
             tokens: self.lengths.iter().sum::<usize>() as u64,
@@ -65,6 +72,9 @@ impl LossGoldens {
                 new_logprobs: &new,
                 old_logprobs: &Tensor::from_slice(&self.old[start..end]),
                 ref_logprobs: Some(&Tensor::from_slice(&self.reference[start..end])),
+                rollout_logprobs: Some(&Tensor::from_slice(&self.rollout[start..end])),
+                // The oracle's entropy: some function of the log-probs.
+                entropy: Some(&new.square()),
                 advantages: &Tensor::from_slice(&self.advantages[range.clone()]),
                 mask: None,
                 sequence_lengths: &self.lengths[range],
@@ -81,11 +91,14 @@ impl LossGoldens {
 #[test]
 fn loss_and_gradient_agree_with_trl() {
     let goldens: LossGoldens = serde_json::from_str(include_str!("goldens/policy_loss.json")).unwrap();
-    assert_eq!(goldens.cases.len(), 16);
+    assert_eq!(goldens.cases.len(), 44);
     let all = goldens.lengths.len();
     let (mut worst_loss, mut worst_gradient) = (0f64, 0f64);
     for case in &goldens.cases {
-        let what = format!("{} beta {} delta {:?}", case.loss_type, case.beta, case.delta);
+        let what = format!(
+            "{} {:?} beta {} delta {:?} C {:?} entropy {}",
+            case.loss_type, case.ratio, case.beta, case.delta, case.truncated_importance, case.entropy_coef
+        );
         let whole = goldens.run(case, 0..all);
         // In two micro-batches the same: only TRL's bnpo would differ, and it is not offered for that reason.
         let (loss_a, grad_a, mut metrics) = goldens.run(case, 0..2);
@@ -103,11 +116,50 @@ fn loss_and_gradient_agree_with_trl() {
             if let Some(kl) = case.kl {
                 assert!((metrics.kl_ref() - kl).abs() < 1e-6, "{what}: kl {}, TRL {kl}", metrics.kl_ref());
             }
-            assert!((metrics.clipped_low_ratio() - case.clipped_low).abs() < 1e-6, "{what}: clipped_low");
-            assert!((metrics.clipped_high_ratio() - case.clipped_high).abs() < 1e-6, "{what}: clipped_high");
+            // TRL counts a sequence's ratio once, we at each of its tokens.
+            if case.ratio == RatioLevel::Token {
+                assert!((metrics.clipped_low_ratio() - case.clipped_low).abs() < 1e-6, "{what}: clipped_low");
+                assert!((metrics.clipped_high_ratio() - case.clipped_high).abs() < 1e-6, "{what}: clipped_high");
+            }
         }
     }
     println!("largest difference from TRL: loss {worst_loss:.1e}, gradient {worst_gradient:.1e}");
+}
+
+#[derive(Deserialize)]
+struct ScheduleGoldens {
+    runs: Vec<ScheduleRun>,
+}
+
+#[derive(Deserialize)]
+struct ScheduleRun {
+    schedule: LrSchedule,
+    warmup: u64,
+    total: u64,
+    min_lr_ratio: f64,
+    /// Entry t - 1: the factor of transformers' optimizer step t.
+    factors: Vec<f64>,
+}
+
+/// After warm-up the same at the same step; in warm-up one step earlier, since transformers' begins with a factor of 0.
+#[test]
+fn schedules_agree_with_transformers() {
+    let goldens: ScheduleGoldens = serde_json::from_str(include_str!("goldens/lr_schedules.json")).unwrap();
+    assert_eq!(goldens.runs.len(), 7);
+    for run in &goldens.runs {
+        let section = OptimizerSection {
+            schedule: run.schedule,
+            warmup_steps: run.warmup,
+            min_lr_ratio: run.min_lr_ratio,
+            ..OptimizerSection::default()
+        };
+        for t in 1..=run.total {
+            let theirs = run.factors[if t <= run.warmup { t } else { t - 1 } as usize];
+            let ours = lr_schedule::factor(&section, t, run.total);
+            assert!((ours - theirs).abs() < 1e-9, "{:?} at {t} of {}: {ours}, {theirs}", run.schedule, run.total);
+            assert!(ours > 0.0, "an update is wasted");
+        }
+    }
 }
 
 #[derive(Deserialize)]

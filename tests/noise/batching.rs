@@ -183,11 +183,8 @@ fn update(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tens
     });
     let rollout = Rollout {
         completions: completions.collect(),
-        texts: Vec::new(),
-        scores: Vec::new(),
-        rewards: Vec::new(),
         advantages: vec![1.0, -1.0, 0.5, -0.5, -2.0, 2.0],
-        zero_std_groups: 0,
+        ..Rollout::default()
     };
     let mut optimizer = AdamW::new(recipe.optimizer.clone()).unwrap();
     let summary = Updater {

@@ -6,12 +6,14 @@ use temper::inject::section::{InjectPhase, NoisyOpsSection, PhaseSet};
 use temper::model::load::{load_model, random_model};
 use temper::model::qwen2::Qwen2;
 use temper::rl::optimizer::AdamW;
-use temper::rl::rollout::{Rollout, rollout};
+use temper::rl::rollout::Rollout;
 use temper::rl::section::KlEstimator;
 use temper::rl::update::{UpdateSummary, Updater};
 
 use crate::mutation::{train, training_rows};
-use crate::support::{SEED, bits, floats, model, noise_everywhere, questions, recipe, tokenizer, trainable};
+use crate::support::{
+    SEED, bits, first_step, floats, model, noise_everywhere, questions, recipe, tokenizer, trainable,
+};
 
 fn weights(model: &Qwen2) -> Vec<Vec<u32>> {
     model.parameters().iter().map(|p| bits(&floats(&p.master().unwrap_or(p.value().shallow_clone())))).collect()
@@ -59,9 +61,7 @@ impl Bench {
         let tokenizer = tokenizer(dir.path());
         let questions = questions(&self.recipe, &tokenizer, Split::Train, 4);
         let injector = self.recipe.injector(&self.model.config).unwrap();
-        let all: Vec<_> = questions.iter().collect();
-        let mut experience =
-            rollout(&self.model, &injector, &tokenizer, &self.recipe, &all, 1, &mut 0, &|_| {}, |_| {}).unwrap();
+        let mut experience = first_step(&self.model, &injector, &tokenizer, &self.recipe, &questions);
         let signs = experience.advantages.iter_mut().enumerate();
         signs.for_each(|(i, advantage)| *advantage = if i % 2 == 0 { 1.0 } else { -1.0 });
         experience

@@ -9,11 +9,11 @@ use temper::numerics::noise_key::Phase;
 use temper::ops::matmul_error::RowKeys;
 use temper::rl::optimizer::AdamW;
 use temper::rl::recipe::Recipe;
-use temper::rl::rollout::{Rollout, rollout};
+use temper::rl::rollout::Rollout;
 use temper::rl::update::{UpdateSummary, Updater};
 
 use crate::support::{
-    bits, floats, largest_difference, model, noise_everywhere, questions, recipe, tokenizer, trainable,
+    bits, first_step, floats, largest_difference, model, noise_everywhere, questions, recipe, tokenizer, trainable,
 };
 
 fn recipe_with(draw: DrawMode) -> Recipe {
@@ -31,8 +31,7 @@ fn step(recipe: &Recipe) -> (Rollout, UpdateSummary, f32) {
     let questions = questions(recipe, &tokenizer, Split::Train, 4);
     let mut model = trainable(model(true));
     let injector = recipe.injector(&model.config).unwrap();
-    let all: Vec<_> = questions.iter().collect();
-    let mut experience = rollout(&model, &injector, &tokenizer, recipe, &all, 1, &mut 0, &|_| {}, |_| {}).unwrap();
+    let mut experience = first_step(&model, &injector, &tokenizer, recipe, &questions);
     for (i, advantage) in experience.advantages.iter_mut().enumerate() {
         *advantage = if i % 2 == 0 { 1.0 } else { -1.0 };
     }

@@ -1,5 +1,6 @@
 //! Small random models, sequences and recipes, all on the CPU in f32.
 
+use std::cell::Cell;
 use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
@@ -15,6 +16,8 @@ use temper::model::qwen2::Qwen2;
 use temper::model::tokenizer::Tokenizer;
 use temper::numerics::generator::uniform_u32;
 use temper::rl::recipe::{PreparedQuestion, Recipe, prepare};
+use temper::rl::reward::scorer::Scorer;
+use temper::rl::rollout::{Rollout, Sampler};
 use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
 use temper::run::console::{Console, Verbosity};
 use temper::run::signals::Interrupt;
@@ -33,6 +36,30 @@ pub fn trainable(mut model: Qwen2) -> Qwen2 {
         parameter.make_trainable().unwrap();
     }
     model
+}
+
+/// The experience of training step 1 on these questions.
+pub fn first_step(
+    model: &Qwen2,
+    injector: &Injector,
+    tokenizer: &Tokenizer,
+    recipe: &Recipe,
+    questions: &[PreparedQuestion],
+) -> Rollout {
+    let scorer = Scorer::new(&recipe.reward).unwrap();
+    let all: Vec<_> = questions.iter().collect();
+    let halvings = Cell::new(0);
+    let sampler = Sampler {
+        model,
+        injector,
+        tokenizer,
+        recipe,
+        scorer: &scorer,
+        step: 1,
+        halvings: &halvings,
+        warn: &|line| panic!("{line}"),
+    };
+    sampler.rollout(&all, &[], |_| {}).unwrap()
 }
 
 /// 5 % matmul noise on every linear, the head included.

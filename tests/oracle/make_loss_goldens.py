@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Expected values of the policy loss (TRL) and of AdamW (torch.optim), for tests/losses.
+"""Expected values of the policy loss (TRL), of AdamW (torch.optim) and of lr schedules (transformers), for tests/losses.
 
     python make_loss_goldens.py OUT_DIR        (needs: torch, trl)
 
-Writes policy_loss.json and adamw.json. The loss is computed by TRL's own GRPOTrainer._compute_loss, unmodified,
+Writes policy_loss.json, adamw.json and lr_schedules.json. The loss is computed by TRL's own GRPOTrainer._compute_loss, unmodified,
 in f64: the trainer object is made without its constructor (which wants a model, a tokenizer and data), gets the
 settings of a real GRPOConfig, and its per-token log-probs come from a tensor instead of a model. The inputs are
 rounded to f32 first, so that both sides see the same numbers.
@@ -15,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+import transformers
 import trl
 from accelerate import Accelerator
 from trl import GRPOConfig, GRPOTrainer
@@ -38,15 +39,18 @@ class LogprobsOnly(GRPOTrainer):
         self.epsilon_high = config.epsilon_high if config.epsilon_high is not None else config.epsilon
         self.top_entropy_quantile = config.top_entropy_quantile
         self.off_policy_mask_threshold = None
-        self.use_vllm = False
+        self.use_vllm = config.vllm_importance_sampling_correction
+        self.vllm_importance_sampling_correction = config.vllm_importance_sampling_correction
         self.max_completion_length = config.max_completion_length
         self.current_gradient_accumulation_steps = 1
         self.aux_loss_enabled = False
-        self._entropy_bonus_enabled = False
+        self._entropy_bonus_enabled = config.entropy_coef != 0.0
+        self.use_adaptive_entropy = False
+        self.entropy_coef = config.entropy_coef
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        return self.logprobs, torch.zeros_like(self.logprobs), None
+        return self.logprobs, self.entropies, None
 
 
 def trl_loss(case, batch, directory):
@@ -61,6 +65,9 @@ def trl_loss(case, batch, directory):
         epsilon_high=case["epsilon_high"],
         delta=case["delta"],
         use_bias_correction_kl=False,  # TRL's default multiplies k3 by the ratio; numerics here do not
+        importance_sampling_level=case["ratio"],
+        entropy_coef=case["entropy_coef"],
+        vllm_importance_sampling_correction=case["truncated_importance"] is not None,
         max_completion_length=MAX_COMPLETION,
         per_device_train_batch_size=len(LENGTHS),
         num_generations=len(LENGTHS),
@@ -70,6 +77,8 @@ def trl_loss(case, batch, directory):
     trainer = LogprobsOnly(config)
     new = batch["new"].double().requires_grad_()
     trainer.logprobs = new
+    # Some function of the log-probs, so that the bonus has a gradient with respect to them: H = new^2.
+    trainer.entropies = new**2
     mask = batch["mask"]
     inputs = {
         "prompt_ids": torch.zeros(len(LENGTHS), 1, dtype=torch.long),
@@ -81,6 +90,10 @@ def trl_loss(case, batch, directory):
         "ref_per_token_logps": batch["reference"].double(),
         "num_items_in_batch": mask.sum(),
     }
+    if case["truncated_importance"] is not None:
+        # TRL's own line for vllm_importance_sampling_mode="token_truncate" stands in the middle of its generation.
+        gap = inputs["old_per_token_logps"] - batch["rollout"].double()
+        inputs["importance_sampling_ratio"] = torch.exp(gap).clamp(max=case["truncated_importance"])
     loss = trainer._compute_loss(None, inputs)
     loss.backward()
     metrics = trainer._metrics["train"]
@@ -109,6 +122,7 @@ def loss_goldens(directory):
         "advantages": torch.tensor([1.3, -0.7, -1.6, 0.4]),
         "mask": mask,
     }
+    batch["rollout"] = batch["old"] + 0.3 * randn(len(LENGTHS), width)
     flat = mask.bool()
     cases = []
     for loss_type in ["grpo", "bnpo", "dapo", "dr_grpo"]:
@@ -119,6 +133,20 @@ def loss_goldens(directory):
             (0.5, 0.1, 0.3, 1.5),
         ]:
             case = {"loss_type": loss_type, "beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+            case |= {"ratio": "token", "truncated_importance": None, "entropy_coef": 0.0}
+            cases.append(case | trl_loss(case, batch, directory))
+        # clip widths near what sequence ratios reach, so that some are cut and some are not
+        for ratio, beta, epsilon, epsilon_high, delta, cap, entropy_coef in [
+            ("sequence", 0.0, 0.05, 0.08, None, None, 0.0),
+            ("sequence", 0.04, 0.01, 0.02, 1.1, None, 0.0),
+            ("sequence", 0.0, 0.05, 0.08, None, 1.2, 0.0),
+            ("token", 0.0, 0.2, 0.28, None, 1.1, 0.0),
+            ("token", 0.04, 0.2, 0.2, 1.5, 2.0, 0.0),
+            ("token", 0.0, 0.2, 0.28, None, None, 0.01),
+            ("token", 0.04, 0.2, 0.28, 3.0, 1.2, -0.02),
+        ]:
+            case = {"loss_type": loss_type, "beta": beta, "epsilon": epsilon, "epsilon_high": epsilon_high, "delta": delta}
+            case |= {"ratio": ratio, "truncated_importance": cap, "entropy_coef": entropy_coef}
             cases.append(case | trl_loss(case, batch, directory))
     return {
         "made_by": f"tests/oracle/make_loss_goldens.py, trl {trl.__version__}, torch {torch.__version__}",
@@ -127,6 +155,7 @@ def loss_goldens(directory):
         "new": new[flat].tolist(),
         "old": batch["old"][flat].tolist(),
         "reference": batch["reference"][flat].tolist(),
+        "rollout": batch["rollout"][flat].tolist(),
         "advantages": batch["advantages"].tolist(),
         "cases": cases,
     }
@@ -168,6 +197,38 @@ def adamw_goldens():
     }
 
 
+def schedule_goldens():
+    """transformers' factors at every optimizer step of short runs: entry t - 1 is the factor of step t."""
+    from transformers import optimization
+
+    runs = []
+    for schedule, warmup, total, ratio in [
+        ("constant", 0, 5, 0.0),
+        ("constant", 3, 6, 0.0),
+        ("linear", 0, 7, 0.0),
+        ("linear", 3, 10, 0.0),
+        ("cosine", 0, 9, 0.0),
+        ("cosine", 4, 12, 0.0),
+        ("cosine", 2, 11, 0.1),
+    ]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        if schedule == "constant":
+            scheduler = optimization.get_constant_schedule_with_warmup(optimizer, warmup)
+        elif schedule == "linear":
+            scheduler = optimization.get_linear_schedule_with_warmup(optimizer, warmup, total)
+        elif ratio:
+            scheduler = optimization.get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, total, min_lr_rate=ratio)
+        else:
+            scheduler = optimization.get_cosine_schedule_with_warmup(optimizer, warmup, total)
+        factors = []
+        for _ in range(total + 1):
+            factors.append(scheduler.get_last_lr()[0])
+            optimizer.step()
+            scheduler.step()
+        runs.append({"schedule": schedule, "warmup": warmup, "total": total, "min_lr_ratio": ratio, "factors": factors})
+    return {"made_by": f"tests/oracle/make_loss_goldens.py, transformers {transformers.__version__}", "runs": runs}
+
+
 def rounded(value, digits):
     """Floats to so many significant digits: 9 for f32 values (exact), 10 for f64 results."""
     if isinstance(value, float):
@@ -184,9 +245,9 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         loss = loss_goldens(directory)
-    for name, goldens in [("policy_loss", loss), ("adamw", adamw_goldens())]:
+    for name, goldens in [("policy_loss", loss), ("adamw", adamw_goldens()), ("lr_schedules", schedule_goldens())]:
         text = json.dumps(rounded(goldens, 10), separators=(",", ":"))
-        (out / f"{name}.json").write_text(text.replace('{"loss_type"', '\n{"loss_type"').replace('{"weight_decay"', '\n{"weight_decay"') + "\n")
+        (out / f"{name}.json").write_text(text.replace('{"loss_type"', '\n{"loss_type"').replace('{"weight_decay"', '\n{"weight_decay"').replace('{"schedule"', '\n{"schedule"') + "\n")
 
 
 if __name__ == "__main__":

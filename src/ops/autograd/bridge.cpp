@@ -47,6 +47,8 @@ struct Node : torch::autograd::Function<Node> {
     ctx->saved_data["payload"] = at::IValue::make_capsule(call->payload);
     ctx->saved_data["inputs"] = static_cast<int64_t>(inputs.size());
     ctx->save_for_backward(call->saved);
+    // An output that the loss does not use has no gradient, instead of zeros that would be worked through.
+    ctx->set_materialize_grads(false);
     return call->outputs;
   }
 
