@@ -68,7 +68,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         questions: &workload.val,
         scorer: &scorer,
         max_new_tokens: recipe.data.max_response_tokens,
-        batch_size: recipe.trainer.val_batch_size,
+        batching: recipe.validation_batching(),
     };
     let injector_of = |config: &Config| {
         // Quantized weights of another format may lie beside the clean ones.

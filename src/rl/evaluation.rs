@@ -107,7 +107,7 @@ pub struct Evaluation<'a> {
     pub questions: &'a [PreparedQuestion],
     pub scorer: &'a Scorer,
     pub max_new_tokens: usize,
-    pub batch_size: usize,
+    pub batching: Batching,
 }
 
 impl Evaluation<'_> {
@@ -122,10 +122,8 @@ impl Evaluation<'_> {
             })
             .collect();
         let (sampling, stop_ids) = (Sampling::greedy(), &self.model.config.eos_token_ids);
-        let request = Request {
-            batching: Batching { max_sequences: Some(self.batch_size), ..Batching::default() },
-            ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
-        };
+        let request =
+            Request { batching: self.batching, ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling) };
         let completions = generate(self.model, &request, pass, progress)?;
         let decode = |c: &Completion| self.tokenizer.decode(c.sequence.response());
         let texts = completions.iter().map(decode).collect::<Result<Vec<String>>>()?;

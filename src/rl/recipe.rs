@@ -7,6 +7,7 @@ use crate::inject::plan::InjectionPlan;
 use crate::inject::schedule::SigmaSchedule;
 use crate::inject::section::{FakeQuantSection, NoiseInjectionSection, NoisyOpsSection};
 use crate::model::config::Qwen2Config;
+use crate::model::generate::Batching;
 use crate::model::section::ModelSection;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::generator::uniform_u32;
@@ -34,6 +35,15 @@ pub struct Recipe {
 }
 
 impl Recipe {
+    /// How validation's sequences share the device.
+    pub fn validation_batching(&self) -> Batching {
+        Batching {
+            max_sequences: Some(self.trainer.val_batch_size),
+            enforce_eager: self.rollout.enforce_eager,
+            ..Batching::default()
+        }
+    }
+
     /// What is injected into every module of a model of these shapes.
     pub fn injection_plan(&self, model: &Qwen2Config) -> Result<InjectionPlan> {
         let (aqn, ops, quant) = (&self.noise_injection, &self.noisy_ops, &self.fake_quant);

@@ -305,7 +305,7 @@ impl<'a> Run<'a> {
             questions: &self.workload.val,
             scorer: &self.scorer,
             max_new_tokens: self.recipe.data.max_response_tokens,
-            batch_size: self.recipe.trainer.val_batch_size,
+            batching: self.recipe.validation_batching(),
         };
         let mut results = Vec::new();
         for condition in conditions {
