@@ -41,7 +41,7 @@ impl RmsNorm {
             }
             _ => None,
         };
-        let leaf = self.weight.leaf();
+        let leaf = if pass.differentiable { self.weight.leaf() } else { self.weight.value() };
         let Some(noised) = noised else {
             return rms_norm(x, delta, leaf, None, self.eps);
         };

@@ -38,7 +38,7 @@ pub fn prepare(
     let [rows, vocab] = logits.size()[..] else {
         return Err(Error::Runtime(format!("sample: logits: found shape {:?}, expected [rows, vocab]", logits.size())));
     };
-    if vocab < 1 || vocab > MOST_TOKENS || rows > i64::from(i32::MAX) {
+    if !(1..=MOST_TOKENS).contains(&vocab) || rows > i64::from(i32::MAX) {
         return Err(Error::Runtime(format!(
             "sample: logits: found [{rows}, {vocab}], expected 1 to {MOST_TOKENS} tokens"
         )));
