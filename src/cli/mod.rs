@@ -13,6 +13,7 @@ pub mod gpu;
 mod inputs;
 pub mod jobs;
 pub mod plan;
+mod plan_memory;
 mod prompt;
 pub mod quantize;
 pub mod quickstart;

@@ -3,6 +3,7 @@
 pub mod advantage;
 pub mod evaluation;
 pub mod loss;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod recipe;

@@ -4,6 +4,7 @@
 mod activation_scales;
 mod bad_input;
 mod bench;
+mod memory;
 mod outputs;
 mod packed;
 mod registry_minis;
