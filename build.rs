@@ -30,7 +30,7 @@ fn run() -> Result<()> {
     for name in ["LIBTORCH", "LIBTORCH_CXX11_ABI", "CUDA_HOME", "CUDA_ARCHES", "CXX"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    for path in ["build.rs", "kernels", "src/ops/cuda/stream.cpp", "src/ops/autograd"] {
+    for path in ["build.rs", "kernels", "src/ops/cuda/stream.cpp", "src/ops/cuda/memory.cpp", "src/ops/autograd"] {
         println!("cargo:rerun-if-changed={path}");
     }
     let root = PathBuf::from(env_var("CARGO_MANIFEST_DIR")?);
@@ -110,7 +110,7 @@ impl Torch {
 }
 
 fn build_bridge(root: &Path, out: &Path, torch: &Torch) -> Result<()> {
-    let sources: Vec<PathBuf> = ["src/ops/cuda/stream.cpp", "src/ops/autograd/bridge.cpp"]
+    let sources: Vec<PathBuf> = ["src/ops/cuda/stream.cpp", "src/ops/cuda/memory.cpp", "src/ops/autograd/bridge.cpp"]
         .iter()
         .map(|p| root.join(p))
         .filter(|p| p.is_file())

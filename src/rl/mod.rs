@@ -2,6 +2,7 @@
 
 pub mod advantage;
 pub mod evaluation;
+pub mod flops;
 pub mod loss;
 pub mod memory;
 pub mod metrics;

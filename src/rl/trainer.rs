@@ -12,7 +12,7 @@ use super::recipe::{PreparedQuestion, Recipe, epoch_order};
 use super::rollout::rollout;
 use super::state::{self, TrainerState};
 use super::stop_rules::StopRules;
-use super::timing::{start_monitor, timing_row};
+use super::timing::{Accounting, start_monitor, timing_line, timing_row};
 use super::update::{Updater, check_skipped};
 use crate::device::gpu::monitor::{Monitor, Watch};
 use crate::inject::injector::Injector;
@@ -143,6 +143,7 @@ struct Run<'a> {
     last_score: Option<CheckpointScore>,
     rules: StopRules,
     monitor: Option<Monitor>,
+    accounting: Accounting,
     outcome: Outcome,
 }
 
@@ -187,6 +188,7 @@ impl<'a> Run<'a> {
             last_score: None,
             rules: StopRules::replay(&recipe.trainer.stop_rules, &dir.file("metrics.jsonl"))?,
             monitor: start_monitor(launch.monitor.as_ref(), launch.console),
+            accounting: Accounting::of(recipe, &model.config, launch.device, &launch.device_name),
             recipe,
             workload,
             launch,
@@ -271,6 +273,7 @@ impl<'a> Run<'a> {
     fn step(&mut self, step: u64) -> Result<()> {
         let started = Instant::now();
         self.monitor.iter().for_each(Monitor::begin_step);
+        self.accounting.begin_step();
         let sigma = self.schedule.sigma(step);
         let key_step = step as u32;
         let questions = self.questions(step)?;
@@ -320,7 +323,9 @@ impl<'a> Run<'a> {
         console.step(&row);
         self.rules.observe(&row);
         let monitor = self.monitor.as_ref();
-        self.timing.write(&timing_row(step, started, seconds_rollout, &experience, &summary, monitor))
+        let row = timing_row(step, started, seconds_rollout, &experience, &summary, &self.accounting, monitor);
+        console.detail(&timing_line(&row));
+        self.timing.write(&row)
     }
 
     fn report_disagreements(&mut self, injected: &StepInjection) {

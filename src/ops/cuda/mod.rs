@@ -6,6 +6,7 @@ pub mod graph;
 pub mod launch;
 mod loaded;
 pub mod matmul;
+pub mod memory;
 pub mod noise;
 mod properties;
 pub mod timer;
