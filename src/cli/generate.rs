@@ -69,6 +69,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         prompts: &prompts,
         group_size: 1,
         max_new_tokens: args.max_new_tokens,
+        limits: None,
         stop_ids,
         sampling: &sampling,
         kv_cache: !args.no_kv_cache,

@@ -3,6 +3,7 @@
 #![deny(clippy::print_stdout)]
 
 pub mod bench;
+mod bench_steps;
 mod common;
 pub mod compare;
 pub mod doctor;

@@ -57,6 +57,7 @@ pub fn calibrate(model: &Qwen2, plan: &InjectionPlan, prompts: &[&[u32]]) -> Res
             prompts: &prompts,
             group_size: 1,
             max_new_tokens: 1,
+            limits: None,
             stop_ids: &[],
             sampling: &Sampling::greedy(),
             kv_cache: false,

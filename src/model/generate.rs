@@ -10,6 +10,7 @@ use super::qwen2::Qwen2;
 use crate::numerics::generator::uniform_f32;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::profile::span;
 use crate::{Error, Result};
 
 #[derive(Clone, Debug)]
@@ -37,6 +38,8 @@ pub struct Request<'a> {
     pub prompts: &'a [Prompt],
     pub group_size: usize,
     pub max_new_tokens: usize,
+    /// Most response tokens of each sequence, prompt-major as the result; None: `max_new_tokens` for all.
+    pub limits: Option<&'a [usize]>,
     pub stop_ids: &'a [u32],
     pub sampling: &'a Sampling,
     /// False recomputes everything for every token: the plain definition that the cache is checked against.
@@ -71,6 +74,19 @@ pub fn generate(
     if request.max_new_tokens == 0 || rows.is_empty() {
         return Ok(rows.into_iter().map(|(_, c)| c).collect());
     }
+    let limit = |slot: usize| match request.limits {
+        Some(limits) => limits[slot].min(request.max_new_tokens),
+        None => request.max_new_tokens,
+    };
+    if let Some(limits) = request.limits
+        && (limits.len() != rows.len() || limits.contains(&0))
+    {
+        return Err(Error::Runtime(format!(
+            "{} limits of at least 1 token for {} sequences",
+            limits.len(),
+            rows.len()
+        )));
+    }
     let mut done: Vec<Option<Completion>> = rows.iter().map(|_| None).collect();
     let mut active: Vec<(usize, usize, Completion)> =
         rows.into_iter().enumerate().map(|(slot, (p, c))| (slot, p, c)).collect();
@@ -79,14 +95,17 @@ pub fn generate(
     let mut logits = decoder.prefill(&active)?;
     loop {
         let sequences: Vec<&Sequence> = active.iter().map(|(_, _, c)| &c.sequence).collect();
-        let (ids, logprobs) = sample(&logits, &sequences, request.sampling)?;
+        let (ids, logprobs) = {
+            let _span = span("sample");
+            sample(&logits, &sequences, request.sampling)?
+        };
         let mut kept = Vec::new();
         let mut still = Vec::new();
         for (row, (slot, p, mut completion)) in active.into_iter().enumerate() {
             completion.sequence.ids.push(ids[row]);
             completion.logprobs.push(logprobs[row]);
             completion.finished = request.stop_ids.contains(&ids[row]);
-            if completion.finished || completion.logprobs.len() == request.max_new_tokens {
+            if completion.finished || completion.logprobs.len() == limit(slot) {
                 done[slot] = Some(completion);
                 progress(1);
             } else {
@@ -124,6 +143,7 @@ type ActiveRow = (usize, usize, Completion); // (slot in the result, prompt, com
 impl<'a> Decoder<'a> {
     /// f32 logits [rows, vocab] after each row's prompt; every prompt is computed once for its whole group.
     fn prefill(&mut self, active: &[ActiveRow]) -> Result<Tensor> {
+        let _span = span("prefill");
         let prompt_of_row: Vec<usize> = active.iter().map(|(_, p, _)| *p).collect();
         let prompts: Vec<Sequence> =
             self.request.prompts.iter().map(|prompt| new_completion(prompt, 0).sequence).collect();
@@ -144,6 +164,7 @@ impl<'a> Decoder<'a> {
 
     /// f32 logits [rows, vocab] after each active row's last token. `kept`: the rows of the previous step that go on.
     fn decode(&mut self, active: &[ActiveRow], kept: &[usize]) -> Result<Tensor> {
+        let _span = span("decode");
         let Some(cache) = &mut self.cache else {
             let sequences: Vec<&Sequence> = active.iter().map(|(_, _, c)| &c.sequence).collect();
             return self.full_pass(&sequences, None, false);

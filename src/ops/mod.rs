@@ -8,5 +8,6 @@ pub mod fake_quant;
 pub mod matmul_error;
 pub mod noisy_linear;
 pub mod perturb;
+pub mod profile;
 pub mod straight_through;
 pub mod token_logprobs;

@@ -17,6 +17,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, VALIDATION_STEP};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::profile::span;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,6 +114,7 @@ pub struct Evaluation<'a> {
 impl Evaluation<'_> {
     /// One answer per question, in order. `progress` counts questions.
     pub fn run(&self, pass: &Pass, mut progress: impl FnMut(usize)) -> Result<Vec<Answer>> {
+        let _span = span("validation");
         let mut answers = Vec::with_capacity(self.questions.len());
         for batch in self.questions.chunks(self.batch_size.max(1)) {
             let prompts: Vec<Prompt> = batch
@@ -126,6 +128,7 @@ impl Evaluation<'_> {
                 prompts: &prompts,
                 group_size: 1,
                 max_new_tokens: self.max_new_tokens,
+                limits: None,
                 stop_ids: &self.model.config.eos_token_ids,
                 sampling: &Sampling::greedy(),
                 kv_cache: true,

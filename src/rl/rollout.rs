@@ -11,6 +11,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::profile::span;
 
 /// Group members stand together, prompts in order.
 pub struct Rollout {
@@ -22,7 +23,7 @@ pub struct Rollout {
     pub zero_std_groups: usize,
 }
 
-/// Samples `group_size` completions of every question with the model as it stands (AQN applied or not).
+/// Samples `group_size` completions of every question with the model as it stands (AQN applied or not), and scores them.
 pub fn rollout(
     model: &Qwen2,
     injector: &Injector,
@@ -36,24 +37,7 @@ pub fn rollout(
         .iter()
         .map(|q| Prompt { uid: PromptUid { step, dataset_index: q.index }, ids: q.prompt_ids.clone() })
         .collect();
-    let sampling = Sampling {
-        greedy: recipe.rollout.temperature == 0.0,
-        temperature: recipe.rollout.temperature,
-        top_p: recipe.rollout.top_p,
-        top_k: recipe.rollout.top_k,
-        seed: recipe.seed,
-        phase: Phase::Rollout,
-    };
-    let request = Request {
-        prompts: &prompts,
-        group_size: recipe.rollout.group_size,
-        max_new_tokens: recipe.data.max_response_tokens,
-        stop_ids: &model.config.eos_token_ids,
-        sampling: &sampling,
-        kv_cache: true,
-    };
-    let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, RowKeys::new(Vec::new())) };
-    let completions = generate(model, &request, &pass, progress)?;
+    let completions = completions(model, injector, recipe, &prompts, None, progress)?;
     let texts = completions.iter().map(|c| tokenizer.decode(c.sequence.response())).collect::<Result<Vec<String>>>()?;
     let group = recipe.rollout.group_size;
     let scores: Vec<RewardScore> =
@@ -71,4 +55,36 @@ pub fn rollout(
         scores,
         rewards,
     })
+}
+
+/// The completions alone. With `limits` (response tokens of each sequence, group members together) every response has
+/// exactly that length: benchmarks use it, whose models have learnt no end.
+pub fn completions(
+    model: &Qwen2,
+    injector: &Injector,
+    recipe: &Recipe,
+    prompts: &[Prompt],
+    limits: Option<&[usize]>,
+    progress: impl FnMut(usize),
+) -> Result<Vec<Completion>> {
+    let _span = span("rollout");
+    let sampling = Sampling {
+        greedy: recipe.rollout.temperature == 0.0,
+        temperature: recipe.rollout.temperature,
+        top_p: recipe.rollout.top_p,
+        top_k: recipe.rollout.top_k,
+        seed: recipe.seed,
+        phase: Phase::Rollout,
+    };
+    let request = Request {
+        prompts,
+        group_size: recipe.rollout.group_size,
+        max_new_tokens: recipe.data.max_response_tokens,
+        limits,
+        stop_ids: if limits.is_some() { &[] } else { &model.config.eos_token_ids },
+        sampling: &sampling,
+        kv_cache: true,
+    };
+    let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, RowKeys::new(Vec::new())) };
+    generate(model, &request, &pass, progress)
 }

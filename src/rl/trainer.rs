@@ -25,6 +25,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::model::{aqn, calibration};
 use crate::numerics::generator::NOISE_VERSION;
+use crate::ops::profile::numbered;
 use crate::run::checkpoints::{CheckpointScore, CheckpointStore, Retention};
 use crate::run::console::Console;
 use crate::run::directory::{RunDir, RunSpec, Start};
@@ -271,7 +272,7 @@ impl<'a> Run<'a> {
     }
 
     fn step(&mut self, step: u64) -> Result<()> {
-        let started = Instant::now();
+        let (started, _span) = (Instant::now(), numbered("step", step));
         self.monitor.iter().for_each(Monitor::begin_step);
         self.accounting.begin_step();
         let sigma = self.schedule.sigma(step);

@@ -18,6 +18,7 @@ use crate::model::qwen2::{Module, Qwen2};
 use crate::numerics::noise_key::Phase;
 use crate::ops::autograd::run_backward;
 use crate::ops::matmul_error::{RowKeys, finish_product};
+use crate::ops::profile::{numbered, span};
 use crate::ops::token_logprobs::TokenLogprobs;
 use crate::{Error, Result};
 
@@ -65,6 +66,7 @@ impl Updater<'_> {
         let minibatches = self.prepare(rollout, &mut summary)?;
         summary.seconds_logprobs = started.elapsed().as_secs_f64();
         let started = std::time::Instant::now();
+        let _span = span("update");
         let (mut entropy_sum, mut tokens) = (0.0, 0.0);
         for minibatch in &minibatches {
             let metrics = self.optimizer_update(minibatch, &mut entropy_sum, &mut tokens, &mut summary)?;
@@ -84,6 +86,7 @@ impl Updater<'_> {
 
     /// Splits the rollout and computes old and reference log-probs of every micro-batch.
     fn prepare<'r>(&mut self, rollout: &'r Rollout, summary: &mut UpdateSummary) -> Result<Vec<Vec<MicroBatch<'r>>>> {
+        let _span = span("logprobs");
         let trainer = &self.recipe.trainer;
         let per_minibatch = trainer.minibatch_prompts * self.recipe.rollout.group_size;
         let (mut gap, mut tokens) = (0.0, 0usize);
@@ -118,6 +121,7 @@ impl Updater<'_> {
     }
 
     fn frozen_logprobs(&self, model: &Qwen2, phase: Phase, sequences: &[&Sequence]) -> Result<Tensor> {
+        let _span = span(if phase == Phase::RefLogprobs { "reference_logprobs" } else { "old_logprobs" });
         let _no_grad = tch::no_grad_guard();
         let pass = Pass::injected(self.injector, phase, RowKeys::new(Vec::new()));
         Ok(response_logprobs(model, sequences, self.recipe.rollout.temperature, &pass)?.logprobs)
@@ -164,6 +168,7 @@ impl Updater<'_> {
         normalizer: LossNormalizer,
         draw: u32,
     ) -> Result<(LossMetrics, f64)> {
+        let span_forward = numbered("forward", u64::from(draw));
         let pass = Pass {
             differentiable: true,
             microbatch_draw: draw,
@@ -188,7 +193,9 @@ impl Updater<'_> {
             sequence_lengths: &microbatch.lengths,
         };
         let output = policy_loss(&inputs, &PolicyLossConfig::from(&self.recipe.algorithm), normalizer)?;
+        drop(span_forward);
         if output.metrics.is_finite() {
+            let _span = numbered("backward", u64::from(draw));
             match recompute {
                 Some(recompute) => recompute.backward(&output.loss)?,
                 None => run_backward(&output.loss)?,
@@ -199,6 +206,7 @@ impl Updater<'_> {
 
     /// dW's error per update, clipping, AdamW, rounding into the compute weights. True when the update was skipped.
     fn step_optimizer(&mut self, metrics: &LossMetrics, summary: &mut UpdateSummary) -> Result<bool> {
+        let _span = span("optimizer");
         summary.lr = self.optimizer.next_lr();
         self.model.set_update_number(*self.update_number + 1);
         if !metrics.is_finite() {

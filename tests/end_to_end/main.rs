@@ -4,6 +4,7 @@
 mod activation_scales;
 mod bad_input;
 mod bench;
+mod bench_steps;
 mod memory;
 mod outputs;
 mod packed;

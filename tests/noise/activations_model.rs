@@ -207,8 +207,15 @@ fn completions(model: &Qwen2, injector: &Injector, all: &[Sequence], kv_cache: b
     let of = |s: &Sequence| Prompt { uid: s.uid, ids: s.ids[..s.prompt_len].to_vec() };
     let prompts: Vec<Prompt> = all.iter().map(of).collect();
     let sampling = Sampling::greedy();
-    let request =
-        Request { prompts: &prompts, group_size: 1, max_new_tokens: 8, stop_ids: &[], sampling: &sampling, kv_cache };
+    let request = Request {
+        prompts: &prompts,
+        group_size: 1,
+        max_new_tokens: 8,
+        limits: None,
+        stop_ids: &[],
+        sampling: &sampling,
+        kv_cache,
+    };
     let pass = Pass::injected(injector, Phase::Rollout, RowKeys::new(vec![]));
     let done = generate(model, &request, &pass, |_| {}).unwrap();
     done.into_iter().map(|c| (c.sequence.ids, c.logprobs)).collect()

@@ -152,7 +152,15 @@ fn completions(model: &Qwen2, prompts: &[Prompt], group_size: usize, greedy: boo
     let injector = noisy(model, &noise_everywhere(), SEED);
     let pass = Pass::injected(&injector, Phase::Rollout, no_keys());
     let sampling = Sampling { greedy, temperature: 0.9, top_p: 1.0, top_k: 0, seed: SEED, phase: Phase::Rollout };
-    let request = Request { prompts, group_size, max_new_tokens: 14, stop_ids: &[1], sampling: &sampling, kv_cache };
+    let request = Request {
+        prompts,
+        group_size,
+        max_new_tokens: 14,
+        limits: None,
+        stop_ids: &[1],
+        sampling: &sampling,
+        kv_cache,
+    };
     generate(model, &request, &pass, |_| {}).unwrap()
 }
 

@@ -8,6 +8,7 @@ mod loaded;
 pub mod matmul;
 pub mod memory;
 pub mod noise;
+pub mod nvtx;
 mod properties;
 pub mod timer;
 mod zeros;
