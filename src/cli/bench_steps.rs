@@ -59,7 +59,8 @@ pub fn run(args: &Args, rollout_only: bool, global: &Global) -> Result<()> {
     };
     let (report, recording) = steps(&common::recipe(&config), &options)?;
     if let Some(file) = &args.profile {
-        trace::write(file, &format!("bench {} {}", report.bench, args.config.display()), recording)?;
+        let command = format!("bench {} {}", report.bench, args.config.display());
+        common::write_trace(file, &command, recording, global)?;
     }
     super::print(match global.json {
         true => serde_json::to_string(&report).map_err(|e| Error::Runtime(format!("bench: {e}")))?,
@@ -99,8 +100,7 @@ fn text(report: &StepReport) -> String {
     let first = report.variants.first();
     let device = first.and_then(|v| v.peak_device_bytes).map(|bytes| format!("device memory {}", gb(bytes)));
     let host = report.peak_host_bytes.map(|bytes| format!("host memory {}", gb(bytes)));
-    let estimated =
-        report.estimated_device_bytes.map(|bytes| format!("estimated for a GPU's or CPU's tensors {}", gb(bytes)));
+    let estimated = report.estimated_device_bytes.map(|bytes| format!("tensors estimated at {}", gb(bytes)));
     let energy = first.and_then(|v| v.energy_j).map(|joules| format!("{joules:.0} J a step"));
     lines.push([device, host, estimated, energy].into_iter().flatten().collect::<Vec<_>>().join(", "));
     lines.push(format!(

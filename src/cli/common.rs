@@ -18,9 +18,12 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::format::Format;
 use crate::ops::cuda::launch::Gpu;
+use crate::ops::cuda::nvtx;
+use crate::ops::profile::Recording;
 use crate::rl::recipe::{Recipe, prepare};
 use crate::rl::trainer::{Workload, check_lengths};
 use crate::run::console::{Console, Verbosity};
+use crate::run::trace;
 use crate::{Error, Result, bail_input};
 
 pub fn console(global: &Global) -> Console {
@@ -64,6 +67,18 @@ pub fn device(global: &Global, threads: Option<usize>) -> Result<Device> {
 pub fn watch(device: Device) -> Option<Watch> {
     let Device::Cuda(index) = device else { return None };
     Some(Watch::card(Gpu::number(index).pci_address().map_or(Card::Cuda(index), Card::Pci)))
+}
+
+/// Writes what `--profile` recorded, and says where NVTX ranges went.
+pub fn write_trace(file: &Path, command: &str, recording: Recording, global: &Global) -> Result<()> {
+    trace::write(file, command, recording)?;
+    if !global.quiet {
+        let ranges = nvtx::library().map_or("NVTX was not found, so there are no ranges".to_string(), |library| {
+            format!("NVTX ranges went to {library}")
+        });
+        eprintln!("profile: {} (load it in ui.perfetto.dev); {ranges}", file.display());
+    }
+    Ok(())
 }
 
 pub fn recipe(config: &Config) -> Recipe {

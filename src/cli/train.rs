@@ -46,7 +46,8 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
             profile::start();
             let outcome = train(&config, &args.out, args.resume, global, &interrupt);
             // What was recorded is worth having from a run that was interrupted or failed, too.
-            let written = trace::write(file, &format!("train {}", args.config.display()), profile::stop());
+            let written =
+                common::write_trace(file, &format!("train {}", args.config.display()), profile::stop(), global);
             outcome.and_then(|outcome| written.map(|()| outcome))
         }
     }?;

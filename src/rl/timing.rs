@@ -1,8 +1,8 @@
 //! The rows of timing.jsonl: all that depends on the clock or the machine, one object per step.
 //!
 //! What a step computed is counted from its tokens (`flops.rs`); FLOP/s are the model's operations over the clock, MFU
-//! their share of the device's dense bf16 rate, null where that is not known. Seconds are the host's: a phase ends when
-//! the host has its result.
+//! their share of the device's dense bf16 rate, null where that is not known. A phase ends when the device has
+//! done it.
 
 use std::time::Instant;
 

@@ -17,6 +17,7 @@ use crate::model::pass::{Pass, Sequence};
 use crate::model::qwen2::{Module, Qwen2};
 use crate::numerics::noise_key::Phase;
 use crate::ops::autograd::run_backward;
+use crate::ops::cuda::memory::synchronize;
 use crate::ops::matmul_error::{RowKeys, finish_product};
 use crate::ops::profile::{numbered, span};
 use crate::ops::token_logprobs::TokenLogprobs;
@@ -80,6 +81,8 @@ impl Updater<'_> {
         summary.loss.kl_loss /= updates;
         summary.grad_norm /= (summary.updates - summary.skipped).max(1) as f64;
         summary.entropy = entropy_sum / f64::max(tokens, 1.0);
+        // Without it the last optimizer update would be in nobody's time.
+        synchronize(self.model.device());
         summary.seconds_update = started.elapsed().as_secs_f64();
         Ok(summary)
     }

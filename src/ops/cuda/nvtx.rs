@@ -1,27 +1,43 @@
-//! NVTX ranges, where the library is there: it comes with CUDA and with torch's wheels, and is looked for at the first range.
+//! NVTX ranges, where the library is there: it comes with CUDA, and with torch's wheels in a directory that loaders do not
+//! search, so it is looked for beside the libtorch that is loaded too.
 //! Outside a profiler its calls do next to nothing.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::OnceLock;
 
-/// By the names that loaders find: CUDA 12.9 and later, before it, and torch's wheels for CUDA 13.
-const LIBRARIES: [&CStr; 3] = [c"libnvtx3interop.so.1", c"libnvToolsExt.so.1", c"libnvtx3interop.so"];
+/// By the names that loaders find: CUDA 12.9 and later, and before it.
+const LIBRARIES: [&str; 2] = ["libnvtx3interop.so.1", "libnvToolsExt.so.1"];
+/// Below site-packages: torch's wheels for CUDA 13 and 12.
+const IN_WHEELS: [&str; 2] = ["nvidia/cu13/lib/libnvtx3interop.so.1", "nvidia/nvtx/lib/libnvToolsExt.so.1"];
 
 struct Nvtx {
-    library: &'static CStr,
+    library: String,
     push: unsafe extern "C" fn(*const c_char) -> c_int,
     pop: unsafe extern "C" fn() -> c_int,
 }
 
 fn nvtx() -> Option<&'static Nvtx> {
     static NVTX: OnceLock<Option<Nvtx>> = OnceLock::new();
-    NVTX.get_or_init(|| LIBRARIES.into_iter().find_map(load)).as_ref()
+    NVTX.get_or_init(|| {
+        let beside_torch = site_packages().into_iter().flat_map(|site| IN_WHEELS.map(|path| format!("{site}/{path}")));
+        LIBRARIES.into_iter().map(str::to_string).chain(beside_torch).find_map(load)
+    })
+    .as_ref()
 }
 
-fn load(library: &'static CStr) -> Option<Nvtx> {
+/// The directory that holds torch/lib/libtorch_cpu.so, which is mapped.
+fn site_packages() -> Option<String> {
+    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
+    let line = maps.lines().find(|line| line.ends_with("/torch/lib/libtorch_cpu.so"))?;
+    let path = &line[line.find('/')?..];
+    Some(path.strip_suffix("/torch/lib/libtorch_cpu.so")?.to_string())
+}
+
+fn load(library: String) -> Option<Nvtx> {
+    let path = CString::new(library.as_str()).ok()?;
     // SAFETY: a name that ends with NUL; the library's constructors do nothing but set up its tables.
-    let handle = unsafe { libc::dlopen(library.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
+    let handle = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
         return None;
     }
@@ -43,7 +59,7 @@ fn load(library: &'static CStr) -> Option<Nvtx> {
 
 /// The library that ranges go to; None: they go nowhere.
 pub fn library() -> Option<String> {
-    nvtx().map(|nvtx| nvtx.library.to_string_lossy().into_owned())
+    nvtx().map(|nvtx| nvtx.library.clone())
 }
 
 pub(in crate::ops) fn push(name: &str) {
@@ -64,4 +80,29 @@ pub(in crate::ops) fn pop() {
 pub(in crate::ops) fn thread_id() -> i32 {
     // SAFETY: no arguments, cannot fail.
     unsafe { libc::gettid() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_open_and_close_where_the_library_is_there() {
+        let Some(nvtx) = nvtx() else {
+            println!("skipped: no NVTX library here");
+            return;
+        };
+        push("a test");
+        // SAFETY: no arguments; it returns the depth of the range that ends, or a negative number. No profiler is attached, so
+        // both are possible: what is tested is that the functions are there and return.
+        let depth = unsafe { (nvtx.pop)() };
+        assert!(depth < 2, "{depth}");
+        assert!(library().is_some_and(|name| name.contains("nvtx") || name.contains("nvToolsExt")));
+    }
+
+    #[test]
+    fn a_library_that_is_not_there_is_none() {
+        assert!(load("libtemper-no-such-library.so.1".to_string()).is_none());
+        assert!(load("with\0nul".to_string()).is_none());
+    }
 }
