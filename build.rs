@@ -19,8 +19,9 @@ mod compile;
 type Result<T> = std::result::Result<T, String>;
 
 /// The C++ that is compiled against torch.
-const BRIDGE: [&str; 4] = [
+const BRIDGE: [&str; 5] = [
     "src/ops/cuda/stream.cpp",
+    "src/ops/cuda/memory.cpp",
     "src/ops/cuda/torch_graph.cpp",
     "src/ops/autograd/bridge.cpp",
     "src/ops/autograd/flash.cpp",

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Everything that shows whether temper works on this machine's GPU, and how fast: doctor, selftest, compute-sanitizer,
-# kernel benchmarks beside torch's own, and a short training run. One line a step; goes on after a failure, and ends with
-# exit code 1 if there was one.
+# kernel benchmarks beside torch's own, a short training run, and at last whole steps of E5c at the shape of Qwen2.5-1.5B
+# (random weights) beside transformers and plain torch. One line a step; goes on after a failure, and ends with exit
+# code 1 if there was one.
 #
 #   scripts/gpu_check.sh [--quick] [DIR]
 #
-#   --quick  small matrices, no benchmarks
+#   --quick  small matrices and models, no benchmarks of kernels
 #   DIR      where each step's output goes (default: a new directory under runs/)
 #   TEMPER   the binary (default target/release/temper); PYTHON one with torch (default .venv/bin/python or python3)
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -47,5 +48,18 @@ if [ -z "$quick" ]; then
   step bench_torch "$python" scripts/bench_torch.py --beside "$out/bench_kernels.out"
 fi
 step train "$TEMPER" train configs/debug.yaml --device cuda --out "$out/runs"
+
+# The same lengths for all three; what came before has the time that it needs, these end after a few minutes each.
+config=configs/e5c.yaml tiny="" limit=(timeout 300)
+if [ -n "$quick" ]; then config=configs/debug.yaml tiny=--tiny; fi
+# shellcheck disable=SC2086 # one word or none
+step lengths "$python" scripts/bench_peers.py $tiny --write-lengths "$out/lengths.txt"
+step bench_train "${limit[@]}" "$TEMPER" bench train "$config" --device cuda --set model.path=null \
+  --lengths "$out/lengths.txt" --steps 1 --profile "$out/bench_train.trace.json" --json
+step bench_rollout "${limit[@]}" "$TEMPER" bench rollout "$config" --device cuda --set model.path=null \
+  --lengths "$out/lengths.txt" --steps 2 --warmup 0 --json
+# shellcheck disable=SC2086 # one word or none
+step bench_peers "${limit[@]}" "$python" scripts/bench_peers.py $tiny --device cuda --lengths "$out/lengths.txt" \
+  --steps 1 --beside "$out/bench_train.out"
 say "results: $out"
 [ "$failed" -eq 0 ] || die "$failed steps failed"

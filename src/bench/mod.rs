@@ -1,4 +1,4 @@
-//! Microbenchmarks: a time stands beside a baseline and a ceiling that were measured in the same run.
+//! Microbenchmarks, and whole steps of a configuration (`steps`): a time stands beside a baseline and a ceiling that were measured in the same run.
 //!
 //! What is compared runs in turns (A B C A B C ...), so that other work on the machine hits all of it; buffers rotate
 //! and exceed the caches. Ratios are of minima over the same rounds: other work can only add time, and it adds more to
@@ -6,8 +6,11 @@
 
 pub mod cuda;
 mod fake_quant;
+pub mod lengths;
 mod noise;
 pub mod selftest;
+pub mod step_report;
+pub mod steps;
 pub mod timing;
 mod torch_chain;
 

@@ -1,9 +1,10 @@
-//! `temper bench kernels`: times of the operations beside baselines taken in the same run.
+//! `temper bench`: `kernels`, times of the operations beside baselines taken in the same run; `train` and `rollout` are in
+//! `bench_steps`.
 
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::Global;
+use super::{Global, bench_steps};
 use crate::bench::{Options, Report, Row, choices, kernels};
 use crate::model::checkpoint::atomic_file;
 use crate::ops::cpu::path::Path;
@@ -19,6 +20,10 @@ pub struct Args {
 enum What {
     /// Fake quantization, noise, and the noisy linear layer
     Kernels(KernelsArgs),
+    /// Whole training steps of a configuration on made-up prompts, by phase, with matmul error and without
+    Train(bench_steps::Args),
+    /// Its rollouts alone
+    Rollout(bench_steps::Args),
 }
 
 #[derive(clap::Args)]
@@ -39,7 +44,14 @@ struct KernelsArgs {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let What::Kernels(args) = &args.what;
+    match &args.what {
+        What::Kernels(args) => run_kernels(args, global),
+        What::Train(args) => bench_steps::run(args, false, global),
+        What::Rollout(args) => bench_steps::run(args, true, global),
+    }
+}
+
+fn run_kernels(args: &KernelsArgs, global: &Global) -> Result<()> {
     let device = device::parse(global.device.as_deref())?;
     let path = path(args.simd.as_deref())?;
     if args.threads == Some(0) {

@@ -7,6 +7,8 @@ use crate::config::Config;
 use crate::data::generated::{self, Split, Task};
 use crate::data::section::DataKind;
 use crate::data::{self, Question};
+use crate::device::gpu::monitor::Watch;
+use crate::device::gpu::selection::Card;
 use crate::device::{self, Device};
 use crate::inject::injector::Injector;
 use crate::model::calibration;
@@ -15,10 +17,14 @@ use crate::model::config::Qwen2Config;
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::format::Format;
+use crate::ops::cuda::launch::Gpu;
+use crate::ops::cuda::nvtx;
+use crate::ops::profile::Recording;
 use crate::rl::recipe::{Recipe, prepare};
 use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::{Workload, check_lengths};
 use crate::run::console::{Console, Verbosity};
+use crate::run::trace;
 use crate::{Error, Result, bail_input};
 
 pub fn console(global: &Global) -> Console {
@@ -56,6 +62,24 @@ pub fn device(global: &Global, threads: Option<usize>) -> Result<Device> {
     let device = device::parse(global.device.as_deref())?;
     device::set_threads(threads);
     Ok(device)
+}
+
+/// The card of a CUDA device: by its PCI address where CUDA tells it, else through the environment.
+pub fn watch(device: Device) -> Option<Watch> {
+    let Device::Cuda(index) = device else { return None };
+    Some(Watch::card(Gpu::number(index).pci_address().map_or(Card::Cuda(index), Card::Pci)))
+}
+
+/// Writes what `--profile` recorded, and says where NVTX ranges went.
+pub fn write_trace(file: &Path, command: &str, recording: Recording, global: &Global) -> Result<()> {
+    trace::write(file, command, recording)?;
+    if !global.quiet {
+        let ranges = nvtx::library().map_or("NVTX was not found, so there are no ranges".to_string(), |library| {
+            format!("NVTX ranges went to {library}")
+        });
+        eprintln!("profile: {} (load it in ui.perfetto.dev); {ranges}", file.display());
+    }
+    Ok(())
 }
 
 pub fn recipe(config: &Config) -> Recipe {

@@ -3,6 +3,7 @@
 #![deny(clippy::print_stdout)]
 
 pub mod bench;
+mod bench_steps;
 mod common;
 pub mod compare;
 pub mod config;
@@ -14,6 +15,7 @@ pub mod gpu;
 mod inputs;
 pub mod jobs;
 pub mod plan;
+mod plan_memory;
 mod prompt;
 pub mod quantize;
 pub mod quickstart;

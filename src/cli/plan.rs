@@ -1,4 +1,4 @@
-//! `temper plan CONFIG`: sigma of every training step and what is injected into every module.
+//! `temper plan CONFIG`: sigma of every training step, what is injected into every module, and how much memory it takes.
 //!
 //! Works without weights (`model.preset`) and without data (`--steps-per-epoch`).
 
@@ -8,6 +8,7 @@ use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
 use super::Global;
+use super::plan_memory::Memory;
 use crate::config::{self, Config};
 use crate::data::section::DataKind;
 use crate::inject::plan::{InjectionPlan, ModuleKind, ModulePlan};
@@ -37,13 +38,14 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     }
     let steps = steps_per_epoch(&config, args.steps_per_epoch).map_err(|e| e.at(&place))?;
     let schedule = config.sigma_schedule(steps).map_err(|e| e.at(&place))?;
-    let modules = shapes(&config).map_err(|e| e.at(&place))?.modules();
-    let plan = config.injection_plan(&modules).map_err(|e| e.at(&place))?;
+    let shapes = shapes(&config).map_err(|e| e.at(&place))?;
+    let plan = config.injection_plan(&shapes.modules()).map_err(|e| e.at(&place))?;
+    let memory = Memory::of(&config, &shapes, &plan);
 
     let text = if global.json {
-        to_json(&config, &schedule, &plan).to_string()
+        to_json(&config, &schedule, &plan, &memory).to_string()
     } else {
-        to_text(&config, &schedule, &plan, global.verbose > 0)
+        format!("{}\n{}", to_text(&config, &schedule, &plan, global.verbose > 0), memory.text())
     };
     super::print(text.trim_end())?;
     if !global.quiet {
@@ -82,7 +84,7 @@ fn with_hint(error: Error, hint: &str) -> Error {
 }
 
 /// The shapes of the model directory where it is on this machine, else of the preset.
-fn shapes(config: &Config) -> Result<Qwen2Config> {
+pub fn shapes(config: &Config) -> Result<Qwen2Config> {
     let model = &config.model;
     let directory = model.path.as_deref().map(resolve_model_path);
     match (directory, &model.preset) {
@@ -95,7 +97,7 @@ fn shapes(config: &Config) -> Result<Qwen2Config> {
     }
 }
 
-fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan) -> Value {
+fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, memory: &Memory) -> Value {
     let sigma: Vec<Value> = (1..=schedule.total_steps())
         .map(|step| json!({"step": step, "epoch": schedule.epoch(step), "sigma": schedule.sigma(step), "stage": schedule.stage(step)}))
         .collect();
@@ -109,6 +111,7 @@ fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan) -> V
         "activation_scale": plan.activation_scale,
         "unused_keys": schedule.unused_keys(),
         "notices": notices(schedule, plan),
+        "memory": memory.json(),
     })
 }
 
@@ -215,7 +218,7 @@ fn injected(
     (m.aqn_multiplier.to_bits(), m.matmul_error.to_bits(), m.weight_format, m.activation_format)
 }
 
-fn table(header: &[&str]) -> Table {
+pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_BORDERS_ONLY).set_header(header);
     table

@@ -4,12 +4,10 @@ use std::path::PathBuf;
 
 use super::{Global, common, results};
 use crate::Result;
-use crate::device::Device;
-use crate::device::gpu::monitor::Watch;
-use crate::device::gpu::selection::Card;
-use crate::ops::cuda::launch::Gpu;
+use crate::ops::profile;
 use crate::rl::trainer::{self, Launch, Outcome};
 use crate::run::signals::Interrupt;
+use crate::run::trace;
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -27,6 +25,9 @@ pub struct Args {
     /// Resolve and check everything, print the plan, train nothing
     #[arg(long)]
     pub dry_run: bool,
+    /// Write where the time goes, by step and phase, as a trace that Perfetto loads
+    #[arg(long, value_name = "FILE")]
+    pub profile: Option<PathBuf>,
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
@@ -38,7 +39,18 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         return super::plan::run(&plan, global);
     }
     let interrupt = Interrupt::install()?;
-    let outcome = train(&config, &args.out, args.resume, global, &interrupt)?;
+    let outcome = match &args.profile {
+        None => train(&config, &args.out, args.resume, global, &interrupt),
+        Some(file) => {
+            trace::check(file)?;
+            profile::start();
+            let outcome = train(&config, &args.out, args.resume, global, &interrupt);
+            // What was recorded is worth having from a run that was interrupted or failed, too.
+            let written =
+                common::write_trace(file, &format!("train {}", args.config.display()), profile::stop(), global);
+            outcome.and_then(|outcome| written.map(|()| outcome))
+        }
+    }?;
     results::print(&outcome.run_dir, global)
 }
 
@@ -60,13 +72,7 @@ pub fn train(
         resume,
         console: &console,
         interrupt,
-        monitor: watch(device),
+        monitor: common::watch(device),
     };
     trainer::train(&common::recipe(config), &workload, &launch)
-}
-
-/// The card of a CUDA device: by its PCI address where CUDA tells it, else through the environment.
-fn watch(device: Device) -> Option<Watch> {
-    let Device::Cuda(index) = device else { return None };
-    Some(Watch::card(Gpu::number(index).pci_address().map_or(Card::Cuda(index), Card::Pci)))
 }

@@ -1,9 +1,10 @@
 //! GPUs and their driver, through NVML. A machine without a driver is a value (`Err` with the reason), not a failure.
 //!
 //! `reading`: what a GPU says now; `monitor`, `step`: what it did during each step of a run; `processes`: who else is
-//! on it; `selection`: which one is CUDA's device N.
+//! on it; `selection`: which one is CUDA's device N; `peak`: how fast its tensor cores are at most.
 
 pub mod monitor;
+pub mod peak;
 pub mod processes;
 pub mod reading;
 pub mod selection;

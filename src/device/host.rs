@@ -41,9 +41,19 @@ fn cpu_features() -> Vec<&'static str> {
 }
 
 fn meminfo(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    line_kib("/proc/meminfo", key)
+}
+
+/// The kB after `key` in one of /proc's tables, in bytes.
+fn line_kib(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|l| l.starts_with(key))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// The most memory that this process had resident at once (VmHWM); None where /proc does not tell.
+pub fn peak_memory_bytes() -> Option<u64> {
+    line_kib("/proc/self/status", "VmHWM:")
 }
 
 /// Free bytes on the file system of `path`, as POSIX df tells; None where there is no df.

@@ -9,6 +9,8 @@ mod engine;
 mod plain;
 mod rows;
 
+pub use engine::PREFILL_TOKENS;
+
 use super::pass::{Pass, PromptUid, Sequence};
 use super::qwen2::Qwen2;
 use crate::numerics::noise_key::{Phase, Purpose, stream};

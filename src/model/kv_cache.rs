@@ -10,7 +10,7 @@ use super::config::Qwen2Config;
 use crate::Result;
 
 /// Positions by which the capacity grows.
-const GROWTH: usize = 256;
+pub const GROWTH: usize = 256;
 
 pub struct KvCache {
     layers: RefCell<Vec<(Tensor, Tensor)>>,

@@ -10,6 +10,7 @@ pub mod matmul_error;
 pub mod noisy_linear;
 pub mod packed_attention;
 pub mod perturb;
+pub mod profile;
 pub mod rms_norm;
 pub mod rotary;
 pub mod sampling;

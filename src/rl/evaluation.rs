@@ -17,6 +17,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, VALIDATION_STEP};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::profile::span;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -113,6 +114,7 @@ pub struct Evaluation<'a> {
 impl Evaluation<'_> {
     /// One answer per question, in order. `progress` counts questions.
     pub fn run(&self, pass: &Pass, progress: impl FnMut(usize)) -> Result<Vec<Answer>> {
+        let _span = span("validation");
         let prompts: Vec<Prompt> = self
             .questions
             .iter()

@@ -3,6 +3,7 @@
 //! Rows are packed without padding and a draw follows its token's key, so the split changes nothing but rounding, with one
 //! exception: `dw_draw: per_microbatch` draws an error for each micro-batch, and its split stays as configured.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
@@ -16,6 +17,14 @@ use crate::{Error, Result};
 pub struct Halvings {
     pub microbatch: u32,
     pub rollout: u32,
+}
+
+/// What a rollout that runs out of memory changes.
+#[derive(Clone, Copy)]
+pub struct Halving<'a> {
+    /// Halvings of the sequences decoded at once, so far in the run.
+    pub count: &'a Cell<u32>,
+    pub warn: &'a dyn Fn(&str),
 }
 
 /// What a micro-batch may hold.

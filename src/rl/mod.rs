@@ -2,9 +2,11 @@
 
 pub mod advantage;
 pub mod evaluation;
+pub mod flops;
 pub mod launch;
 pub mod loss;
 pub mod lr_schedule;
+pub mod memory;
 pub mod metrics;
 pub mod microbatch;
 pub mod optimizer;

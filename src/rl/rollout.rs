@@ -6,9 +6,8 @@
 //! are; if there are none at all, on the first round's, whose advantages are 0. Which questions come further is a function
 //! of seed and step (recipe.rs), so a step does not depend on what earlier ones used up.
 
-use std::cell::Cell;
-
 use super::advantage::{advantages, teaches_nothing, zero_std_groups};
+use super::microbatch::Halving;
 use super::recipe::{PreparedQuestion, Recipe, keyed_shuffle};
 use super::reward::RewardScore;
 use super::reward::scorer::{Item, Scored, Scorer, overlong_penalty};
@@ -19,6 +18,7 @@ use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
+use crate::ops::profile::span;
 use crate::{Error, Result};
 
 /// Group members stand together, prompts in order.
@@ -80,9 +80,7 @@ pub struct Sampler<'a> {
     pub recipe: &'a Recipe,
     pub scorer: &'a Scorer,
     pub step: u32,
-    /// Of the sequences decoded at once, so far in the run.
-    pub halvings: &'a Cell<u32>,
-    pub warn: &'a dyn Fn(&str),
+    pub halving: Halving<'a>,
 }
 
 impl Sampler<'_> {
@@ -113,7 +111,7 @@ impl Sampler<'_> {
             .map(|q| Prompt { uid: PromptUid { step: self.step, dataset_index: q.index }, ids: q.prompt_ids.clone() })
             .collect();
         let group = recipe.rollout.group_size;
-        let completions = self.completions(&prompts, progress)?;
+        let completions = completions(self.model, self.injector, recipe, &prompts, None, &self.halving, progress)?;
         let decode = |c: &Completion| self.tokenizer.decode(c.sequence.response());
         let texts = completions.iter().map(decode).collect::<Result<Vec<String>>>()?;
         let item =
@@ -128,49 +126,6 @@ impl Sampler<'_> {
             .zip(scores.into_iter().zip(scored))
             .map(|((completion, text), (score, scored))| Sample { completion, text, score, scored });
         Ok((0..questions.len()).map(|_| samples.by_ref().take(group).collect()).collect())
-    }
-
-    /// The completions of `prompts`. Memory that runs out halves the sequences decoded at once.
-    fn completions(&self, prompts: &[Prompt], progress: &mut dyn FnMut(usize)) -> Result<Vec<Completion>> {
-        let (recipe, injector) = (self.recipe, self.injector);
-        let sampling = Sampling {
-            greedy: recipe.rollout.temperature == 0.0,
-            temperature: recipe.rollout.temperature,
-            top_p: recipe.rollout.top_p,
-            top_k: recipe.rollout.top_k,
-            seed: recipe.seed,
-            phase: Phase::Rollout,
-        };
-        let (group, most_tokens) = (recipe.rollout.group_size, recipe.data.max_response_tokens);
-        let all = prompts.len() * group;
-        let most = recipe.rollout.max_sequences.unwrap_or(all).min(all);
-        let keys = RowKeys::new(Vec::new());
-        let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, keys) };
-        injector.settle();
-        loop {
-            // Nothing of an attempt that failed counts.
-            injector.forget();
-            // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
-            let at_once = (most >> self.halvings.get()).max(group);
-            let request = Request {
-                batching: Batching {
-                    max_sequences: Some(at_once),
-                    enforce_eager: recipe.rollout.enforce_eager,
-                    ..Batching::default()
-                },
-                warn: self.warn,
-                ..Request::new(prompts, group, most_tokens, &self.model.config.eos_token_ids, &sampling)
-            };
-            match generate(self.model, &request, &pass, &mut *progress) {
-                Err(Error::OutOfMemory(message)) if at_once > group => {
-                    self.halvings.set(self.halvings.get() + 1);
-                    let warning =
-                        format!("out of memory in the rollout: {message}; fewer than {at_once} sequences at a time");
-                    (self.warn)(&warning);
-                }
-                result => return result,
-            }
-        }
     }
 
     /// Keeps the groups that teach something and samples further ones in place of the others.
@@ -255,6 +210,61 @@ impl Sampler<'_> {
             dynamic,
             warnings,
         })
+    }
+}
+
+/// The completions of `prompts`. Memory that runs out halves the sequences decoded at once. With `limits` (response tokens of
+/// each sequence, group members together) every response has exactly that length: benchmarks use it, whose models have
+/// learnt no end.
+pub fn completions(
+    model: &Qwen2,
+    injector: &Injector,
+    recipe: &Recipe,
+    prompts: &[Prompt],
+    limits: Option<&[usize]>,
+    halving: &Halving,
+    mut progress: impl FnMut(usize),
+) -> Result<Vec<Completion>> {
+    let _span = span("rollout");
+    let sampling = Sampling {
+        greedy: recipe.rollout.temperature == 0.0,
+        temperature: recipe.rollout.temperature,
+        top_p: recipe.rollout.top_p,
+        top_k: recipe.rollout.top_k,
+        seed: recipe.seed,
+        phase: Phase::Rollout,
+    };
+    let (group, most_tokens) = (recipe.rollout.group_size, recipe.data.max_response_tokens);
+    let stop_ids = if limits.is_some() { &[] } else { &model.config.eos_token_ids[..] };
+    let all = prompts.len() * group;
+    let most = recipe.rollout.max_sequences.unwrap_or(all).min(all);
+    let keys = RowKeys::new(Vec::new());
+    let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, keys) };
+    injector.settle();
+    loop {
+        // Nothing of an attempt that failed counts.
+        injector.forget();
+        // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
+        let at_once = (most >> halving.count.get()).max(group);
+        let request = Request {
+            limits,
+            batching: Batching {
+                max_sequences: Some(at_once),
+                enforce_eager: recipe.rollout.enforce_eager,
+                ..Batching::default()
+            },
+            warn: halving.warn,
+            ..Request::new(prompts, group, most_tokens, stop_ids, &sampling)
+        };
+        match generate(model, &request, &pass, &mut progress) {
+            Err(Error::OutOfMemory(message)) if at_once > group => {
+                halving.count.set(halving.count.get() + 1);
+                let warning =
+                    format!("out of memory in the rollout: {message}; fewer than {at_once} sequences at a time");
+                (halving.warn)(&warning);
+            }
+            result => return result,
+        }
     }
 }
 

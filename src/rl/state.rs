@@ -17,6 +17,7 @@ use crate::model::checkpoint::{Checkpoint, StoredDtype, TensorBytes, TensorSpec,
 use crate::model::load::{append_bytes, save_model, tensor_of};
 use crate::model::qwen2::Qwen2;
 use crate::model::section::Dtype;
+use crate::ops::profile::span;
 use crate::{Error, Result, input_error};
 
 const MASTER: &str = "master.safetensors";
@@ -43,6 +44,7 @@ pub fn save(
     optimizer: &AdamW,
     state: &TrainerState,
 ) -> Result<()> {
+    let _span = span("checkpoint");
     save_model(model, dtype, tokenizer_dir, dir)?;
     let masters: Vec<(String, Tensor)> =
         model.parameters().into_iter().filter_map(|p| Some((p.name.clone(), p.master()?))).collect();

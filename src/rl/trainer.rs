@@ -9,14 +9,14 @@ pub use super::launch::{Launch, Outcome, Workload, check_lengths};
 
 use super::evaluation::{Condition, Evaluation, Validation};
 use super::metrics::{metrics_row, sample_rows, validation_row};
-use super::microbatch::Halvings;
+use super::microbatch::{Halving, Halvings};
 use super::optimizer::AdamW;
 use super::recipe::Recipe;
 use super::reward::scorer::Scorer;
 use super::rollout::Sampler;
 use super::state::{self, TrainerState};
 use super::stop_rules::StopRules;
-use super::timing::{start_monitor, timing_row};
+use super::timing::{Accounting, start_monitor, timing_line, timing_row};
 use super::update::{Updater, check_skipped};
 use crate::device::gpu::monitor::Monitor;
 use crate::inject::injector::Injector;
@@ -27,6 +27,7 @@ use crate::model::load::model_of_section;
 use crate::model::qwen2::Qwen2;
 use crate::model::{aqn, calibration};
 use crate::numerics::generator::NOISE_VERSION;
+use crate::ops::profile::numbered;
 use crate::run::checkpoints::{CheckpointScore, CheckpointStore, Retention};
 use crate::run::directory::{RunDir, RunSpec, Start};
 use crate::run::jsonl::JsonlWriter;
@@ -98,6 +99,7 @@ struct Run<'a> {
     rules: StopRules,
     scorer: Scorer,
     monitor: Option<Monitor>,
+    accounting: Accounting,
     outcome: Outcome,
 }
 
@@ -151,6 +153,7 @@ impl<'a> Run<'a> {
             scorer: Scorer::new(&recipe.reward)?,
             rules: StopRules::replay(&recipe.trainer.stop_rules, &dir.file("metrics.jsonl"))?,
             monitor: start_monitor(launch.monitor.as_ref(), launch.console),
+            accounting: Accounting::of(recipe, &model.config, launch.device, &launch.device_name),
             recipe,
             workload,
             launch,
@@ -225,8 +228,9 @@ impl<'a> Run<'a> {
     }
 
     fn step(&mut self, step: u64) -> Result<()> {
-        let started = Instant::now();
+        let (started, _span) = (Instant::now(), numbered("step", step));
         self.monitor.iter().for_each(Monitor::begin_step);
+        self.accounting.begin_step();
         let sigma = self.schedule.sigma(step);
         let key_step = step as u32;
         let asked = self.recipe.step_questions(self.workload.train.len(), &self.schedule, step)?;
@@ -246,8 +250,7 @@ impl<'a> Run<'a> {
             recipe: self.recipe,
             scorer: &self.scorer,
             step: key_step,
-            halvings: &halvings,
-            warn: &|line| console.warn(line),
+            halving: Halving { count: &halvings, warn: &|line| console.warn(line) },
         };
         let experience = sampler.rollout(&questions, &further, |done| bar.inc(done as u64))?;
         self.state.halvings.rollout = halvings.get();
@@ -285,7 +288,9 @@ impl<'a> Run<'a> {
         console.step(&row);
         self.rules.observe(&row);
         let monitor = self.monitor.as_ref();
-        self.timing.write(&timing_row(step, started, seconds_rollout, &experience, &summary, monitor))
+        let row = timing_row(step, started, seconds_rollout, &experience, &summary, &self.accounting, monitor);
+        console.detail(&timing_line(&row));
+        self.timing.write(&row)
     }
 
     fn report_disagreements(&mut self, injected: &StepInjection) {

@@ -21,7 +21,9 @@ use crate::model::pass::{Pass, Sequence};
 use crate::model::qwen2::{Module, Qwen2};
 use crate::numerics::noise_key::Phase;
 use crate::ops::autograd::run_backward;
+use crate::ops::cuda::memory::synchronize;
 use crate::ops::matmul_error::{RowKeys, finish_product};
+use crate::ops::profile::{numbered, span};
 use crate::ops::token_logprobs::TokenLogprobs;
 use crate::{Error, Result};
 
@@ -103,6 +105,7 @@ impl Updater<'_> {
         summary.seconds_logprobs = started.elapsed().as_secs_f64();
         let started = std::time::Instant::now();
         let mut total = Accumulated::default();
+        let _span = span("update");
         for minibatch in &minibatches {
             let Accumulated { metrics, entropy_sum } = self.optimizer_update(minibatch, &mut summary)?;
             if summary.updates == 1 {
@@ -118,6 +121,8 @@ impl Updater<'_> {
         summary.loss.kl_loss /= updates;
         summary.loss.entropy_loss /= updates;
         summary.grad_norm /= (summary.updates - summary.skipped).max(1) as f64;
+        // Without it the last optimizer update would be in nobody's time.
+        synchronize(device);
         summary.seconds_update = started.elapsed().as_secs_f64();
         Ok(summary)
     }
@@ -128,6 +133,7 @@ impl Updater<'_> {
 
     /// Splits the rollout and computes old and reference log-probs.
     fn prepare<'r>(&mut self, rollout: &'r Rollout, summary: &mut UpdateSummary) -> Result<Vec<MiniBatch<'r>>> {
+        let _span = span("logprobs");
         let per_minibatch = self.recipe.trainer.minibatch_prompts * self.recipe.rollout.group_size;
         let (mut gap, mut tokens) = (0.0, 0usize);
         let mut minibatches = Vec::new();
@@ -178,6 +184,7 @@ impl Updater<'_> {
         sequences: &[&Sequence],
         parts: &[Range<usize>],
     ) -> Result<Tensor> {
+        let _span = span(if phase == Phase::RefLogprobs { "reference_logprobs" } else { "old_logprobs" });
         let _no_grad = tch::no_grad_guard();
         let pass = Pass::injected(self.injector, phase, RowKeys::new(Vec::new()));
         let temperature = self.recipe.rollout.temperature;
@@ -224,6 +231,7 @@ impl Updater<'_> {
         normalizer: LossNormalizer,
         draw: u32,
     ) -> Result<(LossMetrics, f64)> {
+        let span_forward = numbered("forward", u64::from(draw));
         let pass = Pass {
             differentiable: true,
             microbatch_draw: draw,
@@ -255,7 +263,9 @@ impl Updater<'_> {
             sequence_lengths: &minibatch.lengths(part),
         };
         let output = policy_loss(&inputs, &PolicyLossConfig::from(&self.recipe.algorithm), normalizer)?;
+        drop(span_forward);
         if output.metrics.is_finite() {
+            let _span = numbered("backward", u64::from(draw));
             match recompute {
                 Some(recompute) => recompute.backward(&output.loss)?,
                 None => run_backward(&output.loss)?,
@@ -266,6 +276,7 @@ impl Updater<'_> {
 
     /// dW's error per update, clipping, AdamW, rounding into the compute weights. True when the update was skipped.
     fn step_optimizer(&mut self, metrics: &LossMetrics, summary: &mut UpdateSummary) -> Result<bool> {
+        let _span = span("optimizer");
         summary.lr = self.optimizer.next_lr();
         self.model.set_update_number(*self.update_number + 1);
         if !metrics.is_finite() {

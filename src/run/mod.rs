@@ -8,6 +8,7 @@
 //! | `console` | people see one line per step, on a terminal also a progress bar |
 //! | `stopped` | which stop rule ended the run |
 //! | `tensorboard` | the same scalars as event files |
+//! | `trace` | spans as a file that Perfetto loads |
 //! | `signals` | the first SIGINT or SIGTERM finishes the step, the second leaves at once |
 
 pub mod atomic_file;
@@ -19,6 +20,7 @@ pub mod machine;
 pub mod signals;
 pub mod stopped;
 pub mod tensorboard;
+pub mod trace;
 
 pub use checkpoints::{CheckpointScore, CheckpointStore, PendingCheckpoint, Retention};
 pub use console::{Console, Progress, Verbosity};

@@ -187,3 +187,37 @@ fn quantized_activations_are_shown() {
     let (_, notices) = set(&[scale], false);
     assert!(notices.contains("activation_scale: static: set, but no activations are quantized"), "{notices}");
 }
+
+#[test]
+fn memory_is_estimated_without_weights_by_phase_and_card() {
+    let memory = |keys: &[&str]| {
+        let mut args = vec!["--json", "--steps-per-epoch", "58"];
+        keys.iter().for_each(|key| args.extend(["--set", key]));
+        let json: Value = serde_json::from_slice(&plan(&args).stdout).unwrap();
+        json["memory"].clone()
+    };
+    let found = memory(&[]);
+    let phases = found["phases"].as_array().unwrap();
+    let names: Vec<&str> = phases.iter().map(|p| p["phase"].as_str().unwrap()).collect();
+    assert_eq!(names, ["rollout", "logprobs", "update", "optimizer"]);
+    for phase in phases {
+        let parts = phase["parts"].as_array().unwrap();
+        let sum: u64 = parts.iter().map(|part| part["bytes"].as_u64().unwrap()).sum();
+        assert_eq!(phase["bytes"], sum, "{phase}");
+    }
+    let largest = phases.iter().max_by_key(|p| p["bytes"].as_u64().unwrap()).unwrap();
+    assert_eq!((&found["peak_phase"], &found["peak_bytes"]), (&largest["phase"], &largest["bytes"]));
+    let cards = found["cards"].as_array().unwrap();
+    assert_eq!([&cards[0]["name"], &cards[1]["name"], &cards[2]["name"]], ["80 GB", "40 GB", "24 GB"]);
+    assert!(cards[2]["microbatch_tokens"].is_null() && cards[2]["remedies"][0].as_str().unwrap().contains("GB"));
+
+    let bytes = |memory: &Value| memory["peak_bytes"].as_u64().unwrap();
+    assert!(bytes(&memory(&["data.max_response_tokens=256"])) < bytes(&found));
+    let smaller = memory(&["model.preset=qwen2.5-0.5b"]);
+    assert!(bytes(&smaller) < bytes(&found) && smaller["cards"][2]["microbatch_tokens"].as_u64().unwrap() >= 2048);
+
+    let text = String::from_utf8(plan(&["--steps-per-epoch", "58"]).stdout).unwrap();
+    for part in ["kv_cache", "moments", "80 GB", "biggest micro-batch, tokens", "every sequence at its longest"] {
+        assert!(text.contains(part), "{part} is missing from\n{text}");
+    }
+}

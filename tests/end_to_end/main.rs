@@ -4,6 +4,8 @@
 mod activation_scales;
 mod bad_input;
 mod bench;
+mod bench_steps;
+mod memory;
 mod options;
 mod out_of_memory;
 mod outputs;

@@ -58,3 +58,32 @@ fn the_gpu_is_in_timing_jsonl_and_metrics_are_the_same_bytes() {
     assert_eq!(said.matches("warning: GPU 1 is throttled: hw_thermal_slowdown at 90 °C").count(), 1, "{said}");
     assert!(!std::fs::read_to_string(without.join("console.log")).unwrap().contains("GPU"));
 }
+
+#[test]
+fn what_a_step_computed_is_in_timing_jsonl() {
+    temper::device::set_threads(Some(1));
+    let dir = tempfile::tempdir().unwrap();
+    let run = run(dir.path(), None);
+    let rows = |file: &str| -> Vec<Value> {
+        let text = std::fs::read_to_string(run.join(file)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let metrics = rows("metrics.jsonl");
+    for row in rows("timing.jsonl") {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("{key}: {row}"));
+        for phase in ["rollout", "logprobs", "update"] {
+            let flops = number(&format!("{phase}_flops"));
+            let rate = flops / number(&format!("{phase}_s"));
+            let said = number(&format!("{phase}_flop_per_s"));
+            assert!(flops > 0.0 && (said / rate - 1.0).abs() < 1e-9, "{phase}: {row}");
+            assert!(row[format!("{phase}_mfu_ratio")].is_null(), "a CPU has no ceiling: {row}");
+        }
+        // Two policies' log-probs are two forward passes, the update is three.
+        assert!((number("update_flops") / number("logprobs_flops") - 1.5).abs() < 1e-9, "{row}");
+        let metric = metrics.iter().find(|m| m["step"] == row["step"] && m["kind"] == "train").unwrap();
+        let sampled = number("rollout_tokens_per_s") * number("rollout_s");
+        let sequences = sampled / metric["response_tokens/mean"].as_f64().unwrap();
+        assert!((sequences - sequences.round()).abs() < 1e-6 && sequences > 0.5, "{sequences}: {row}");
+        assert!(row["peak_device_bytes"].is_null() && number("peak_host_bytes") > 50e6, "{row}");
+    }
+}

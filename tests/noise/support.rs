@@ -15,6 +15,7 @@ use temper::model::pass::{PromptUid, Sequence};
 use temper::model::qwen2::Qwen2;
 use temper::model::tokenizer::Tokenizer;
 use temper::numerics::generator::uniform_u32;
+use temper::rl::microbatch::Halving;
 use temper::rl::recipe::{PreparedQuestion, Recipe, prepare};
 use temper::rl::reward::scorer::Scorer;
 use temper::rl::rollout::{Rollout, Sampler};
@@ -56,8 +57,7 @@ pub fn first_step(
         recipe,
         scorer: &scorer,
         step: 1,
-        halvings: &halvings,
-        warn: &|line| panic!("{line}"),
+        halving: Halving { count: &halvings, warn: &|line| panic!("{line}") },
     };
     sampler.rollout(&all, &[], |_| {}).unwrap()
 }

@@ -98,7 +98,7 @@ pub fn python_has(modules: &str) -> Result<(), String> {
     }
 }
 
-fn python_command() -> Command {
+pub fn python_command() -> Command {
     let local = Path::new(env!("CARGO_MANIFEST_DIR")).join(".venv/bin/python");
     let mut command = Command::new(std::env::var_os("TEMPER_PYTHON").unwrap_or(local.into()));
     // The Rust side's libtorch must not be mixed into Python's torch.

@@ -10,6 +10,7 @@ mod commands;
 mod expected;
 mod library;
 mod packed;
+mod peers;
 mod quantizer_inputs;
 mod quantizer_quirks;
 mod quantizers;

@@ -14,11 +14,12 @@ use crate::model::qwen2::Qwen2;
 use crate::ops::cuda::torch_graph::TorchGraph;
 use crate::ops::matmul_error::RowKeys;
 use crate::ops::packed_attention::Packing;
+use crate::ops::profile::span;
 use crate::ops::sampling::{SamplingRule, sample};
 use crate::{Error, Result};
 
 /// Prompt tokens of one pass: enough to fill a GPU, and few enough that what they compute stays small.
-const PREFILL_TOKENS: usize = 16384;
+pub const PREFILL_TOKENS: usize = 16384;
 
 pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnMut(usize)) -> Result<Vec<Completion>> {
     let mut rows = Rows::new(request);
@@ -171,6 +172,7 @@ impl Engine<'_> {
     }
 
     fn prefill_pass(&mut self, begun: &[(&Prompt, Vec<usize>)]) -> Result<Vec<Token>> {
+        let _span = span("prefill");
         let (model, device) = (self.model, self.model.device());
         let (mut ids, mut positions, mut keys) = (Vec::new(), Vec::new(), Vec::new());
         let (mut last, mut lengths) = (Vec::new(), Vec::new());
@@ -212,6 +214,7 @@ impl Engine<'_> {
 
     /// The next token of every row.
     fn decode(&mut self) -> Result<()> {
+        let _span = span("decode");
         if self.cache.reserve(self.state.longest)? {
             self.tensors_moved();
         }
@@ -281,6 +284,7 @@ impl Engine<'_> {
 
     /// Waits for the device: (row, token, log-probability) of the `steps` tokens since the last look, in their order.
     fn look(&mut self, steps: usize) -> Result<Vec<Token>> {
+        let _span = span("look");
         let state = &mut self.state;
         let _ = state.written.f_zero_()?;
         let rows = state.ids.size()[0] as usize;

@@ -1,0 +1,183 @@
+//! The memory estimate against a process: a training step of a model of 24 million parameters in f32 on a CPU, in a child
+//! whose high-water mark (VmHWM) is its own.
+
+use std::process::Command;
+
+use tch::{Device, Kind};
+use temper::inject::injector::Injector;
+use temper::inject::plan::InjectionPlan;
+use temper::model::config::Qwen2Config;
+use temper::model::generate::Completion;
+use temper::model::load::random_model;
+use temper::model::pass::{PromptUid, Sequence};
+use temper::model::section::{Dtype, ModelSection};
+use temper::rl::memory::{Demand, MemoryEstimate};
+use temper::rl::optimizer::AdamW;
+use temper::rl::recipe::Recipe;
+use temper::rl::rollout::Rollout;
+use temper::rl::section::{AlgorithmSection, RolloutSection, TrainerSection};
+use temper::rl::update::Updater;
+
+const PROMPT: usize = 64;
+const RESPONSE: usize = 64;
+/// What the child gets: sequences of the micro-batch and whether blocks are computed again.
+const QUESTION: &str = "TEMPER_TEST_MEMORY";
+
+fn shapes() -> Qwen2Config {
+    Qwen2Config {
+        hidden_size: 512,
+        intermediate_size: 2048,
+        num_hidden_layers: 6,
+        num_attention_heads: 8,
+        num_key_value_heads: 2,
+        head_dim: 64,
+        vocab_size: 4096,
+        ..Qwen2Config::preset("tiny-4x64").unwrap()
+    }
+}
+
+fn recipe(sequences: usize, gradient_checkpointing: bool) -> Recipe {
+    Recipe {
+        name: "memory".into(),
+        seed: 0,
+        hash: String::new(),
+        yaml: String::new(),
+        model: ModelSection { dtype: Dtype::F32, ..Default::default() },
+        data: temper::data::section::DataSection {
+            prompts_per_step: sequences / 2,
+            max_prompt_tokens: PROMPT,
+            max_response_tokens: RESPONSE,
+            ..Default::default()
+        },
+        rollout: RolloutSection { group_size: 2, ..Default::default() },
+        algorithm: AlgorithmSection { kl_coef: 0.0, ..Default::default() },
+        optimizer: Default::default(),
+        trainer: TrainerSection {
+            minibatch_prompts: sequences / 2,
+            microbatch_sequences: sequences,
+            gradient_checkpointing: Some(gradient_checkpointing),
+            ..Default::default()
+        },
+        reward: Default::default(),
+        noisy_ops: Default::default(),
+        noise_injection: Default::default(),
+        fake_quant: Default::default(),
+    }
+}
+
+fn experience(sequences: usize) -> Rollout {
+    let completion = |s: usize| {
+        let uid = PromptUid { step: 1, dataset_index: s as u32 / 2 };
+        let ids = (0..PROMPT + RESPONSE).map(|p| ((s * 131 + p * 17) % 4096) as u32).collect();
+        let sequence = Sequence { uid, member: s as u32 % 2, ids, prompt_len: PROMPT };
+        Completion { sequence, logprobs: vec![-8.0; RESPONSE], finished: false }
+    };
+    Rollout {
+        completions: (0..sequences).map(completion).collect(),
+        advantages: (0..sequences).map(|s| if s % 2 == 0 { 1.0 } else { -1.0 }).collect(),
+        ..Rollout::default()
+    }
+}
+
+/// kB after `key` in /proc/self/status, in bytes.
+fn status(key: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = text.lines().find(|line| line.starts_with(key)).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+/// In the child: a small step, so that moments and workspaces are there; then the one that is measured. Prints by how much
+/// the process grew in it.
+#[test]
+fn child_that_trains_a_step() {
+    let Ok(question) = std::env::var(QUESTION) else { return };
+    let (sequences, recompute) = question.split_once(' ').unwrap();
+    let (sequences, recompute) = (sequences.parse::<usize>().unwrap(), recompute == "true");
+    tch::set_num_threads(2);
+    let mut model = random_model(shapes(), 0, 0.02, Device::Cpu, Kind::Float).unwrap();
+    model.parameters_mut().into_iter().for_each(|p| p.make_trainable().unwrap());
+    let plan = plan(&model.config);
+    let injector = Injector::applying(plan.clone(), plan, 2);
+    let mut optimizer = AdamW::new(Default::default()).unwrap();
+    let mut update_number = 0;
+    let mut before = 0;
+    for sequences in [2, sequences] {
+        // Writing 5 sets the mark back to what is resident.
+        std::fs::write("/proc/self/clear_refs", "5").unwrap();
+        before = status("VmRSS:");
+        let updater = Updater {
+            model: &mut model,
+            reference: None,
+            injector: &injector,
+            optimizer: &mut optimizer,
+            recipe: &recipe(sequences, recompute),
+            update_number: &mut update_number,
+            halvings: &mut 0,
+            step: 1,
+            sigma: 0.0,
+            progress: &mut |_| {},
+            warn: &|line| panic!("{line}"),
+        };
+        let mut updater = updater;
+        assert_eq!(updater.run(&experience(sequences)).unwrap().skipped, 0);
+    }
+    println!("grew {}", status("VmHWM:") - before);
+}
+
+fn plan(shapes: &Qwen2Config) -> InjectionPlan {
+    recipe(2, true).injection_plan(shapes).unwrap()
+}
+
+fn measured(sequences: usize, recompute: bool) -> u64 {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["memory::child_that_trains_a_step", "--exact", "--nocapture"])
+        .env(QUESTION, format!("{sequences} {recompute}"))
+        // Every tensor is a mapping of its own, given back when it is freed.
+        .env("MALLOC_MMAP_THRESHOLD_", "65536")
+        .env("OMP_WAIT_POLICY", "PASSIVE")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let grew = text.lines().find_map(|line| line.split("grew ").nth(1));
+    grew.unwrap_or_else(|| panic!("{text}{}", String::from_utf8_lossy(&output.stderr))).trim().parse().unwrap()
+}
+
+/// What the estimate says that a step needs beside what stands.
+fn estimated(sequences: usize, recompute: bool) -> u64 {
+    let (shapes, recipe) = (shapes(), recipe(sequences, recompute));
+    let plan = plan(&shapes);
+    let estimate: MemoryEstimate = Demand::of(&recipe, &shapes, &plan, false).estimate();
+    let standing = ["weights", "master_weights", "gradients", "moments", "reference"];
+    let of_step = |phase: &temper::rl::memory::PhaseMemory| {
+        phase.parts.iter().filter(|part| !standing.contains(&part.name)).map(|part| part.bytes).sum::<u64>()
+    };
+    estimate.phases.iter().filter(|phase| phase.phase != "rollout").map(of_step).max().unwrap()
+}
+
+/// Within a sixth, each and in their differences: by the size of the micro-batch, and by recomputation.
+#[test]
+fn a_training_step_takes_the_memory_that_was_estimated() {
+    if std::fs::write("/proc/self/clear_refs", "5").is_err() {
+        println!("skipped: /proc/self/clear_refs cannot be written here");
+        return;
+    }
+    let cases = [(4, false), (12, false), (4, true), (12, true)];
+    let found: Vec<(f64, f64)> =
+        cases.iter().map(|&(n, r)| (measured(n, r) as f64 / 1e6, estimated(n, r) as f64 / 1e6)).collect();
+    for ((sequences, recompute), (measured, estimated)) in cases.iter().zip(&found) {
+        println!(
+            "{sequences} sequences of 128 tokens, recompute {recompute}: measured {measured:.1} MB, estimated {estimated:.1} MB"
+        );
+    }
+    let difference = |a: usize, b: usize| (found[a].0 - found[b].0, found[a].1 - found[b].1);
+    let compared = [
+        ("tokens, everything kept", difference(1, 0)),
+        ("tokens, recomputed", difference(3, 2)),
+        ("kept instead of recomputed", difference(1, 3)),
+    ];
+    for (what, (measured, estimated)) in compared {
+        println!("{what}: measured {measured:.1} MB, estimated {estimated:.1} MB");
+        let ratio = estimated / measured;
+        assert!((0.85..1.18).contains(&ratio), "{what}: measured {measured:.1} MB, estimated {estimated:.1} MB");
+    }
+}
