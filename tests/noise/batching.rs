@@ -211,7 +211,8 @@ fn update(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tens
 #[test]
 fn an_update_does_not_depend_on_its_micro_batches() {
     let (want, gradients, weights) = update(|t| t.microbatch_sequences = 6);
-    let ways: [(&str, Box<dyn FnOnce(&mut TrainerSection)>); 7] = [
+    type Way = Box<dyn FnOnce(&mut TrainerSection)>;
+    let ways: [(&str, Way); 7] = [
         ("one by one", Box::new(|t| t.microbatch_sequences = 1)),
         ("threes", Box::new(|t| t.microbatch_sequences = 3)),
         ("25 tokens", Box::new(|t| t.microbatch_tokens = Some(25))),
