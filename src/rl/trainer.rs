@@ -61,6 +61,7 @@ pub fn train_with(
     let planned = recipe.injection_plan(&model.config)?;
     let injector = Injector::applying(applied(&planned), planned, recipe.rollout.group_size as u64);
     let schedule = recipe.schedule(workload.train.len())?;
+    let scorer = Scorer::new(&recipe.reward)?;
     let run_dir = RunDir::open(&RunSpec {
         root: launch.out,
         name: &recipe.name,
@@ -74,7 +75,7 @@ pub fn train_with(
         libtorch_version: crate::device::kernels::TORCH_VERSION.map(str::to_string),
         noise_version: NOISE_VERSION,
     })?;
-    let mut run = Run::open(recipe, workload, launch, run_dir, model, reference, injector, schedule)?;
+    let mut run = Run::open(recipe, workload, launch, run_dir, model, reference, injector, schedule, scorer)?;
     run.train()
 }
 
@@ -113,6 +114,7 @@ impl<'a> Run<'a> {
         reference: Option<Qwen2>,
         mut injector: Injector,
         schedule: SigmaSchedule,
+        scorer: Scorer,
     ) -> Result<Run<'a>> {
         launch.console.log_to(&dir.file("console.log"))?;
         for warning in dir.warnings() {
@@ -150,7 +152,7 @@ impl<'a> Run<'a> {
             tensorboard: TensorBoard::open(&dir.file("tb"), resumed_after)?,
             outcome: Outcome { run_dir: dir.path().to_path_buf(), validations: Vec::new(), disagreeing_steps: 0 },
             last_score: None,
-            scorer: Scorer::new(&recipe.reward)?,
+            scorer,
             rules: StopRules::replay(&recipe.trainer.stop_rules, &dir.file("metrics.jsonl"))?,
             monitor: start_monitor(launch.monitor.as_ref(), launch.console),
             accounting: Accounting::of(recipe, &model.config, launch.device, &launch.device_name),

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use crate::support::{assert_same_run, config, rows, run, run_dir, stderr_of, succeed, temper, train_args, wait_until};
+use crate::support::{
+    assert_same_run, config, rows, run as run_program, run_dir, stderr_of, succeed, temper, train_args, wait_until,
+};
 
 /// A clean run of one epoch: six steps, 4 prompts x 4 responses, two updates a step; all samples are kept.
 const BASE: &str = "
@@ -28,7 +30,7 @@ fn train(dir: &Path, name: &str, sets: &[&str]) -> Run {
     let out = dir.join(format!("{name}-out"));
     let mut args = train_args(&path, &out);
     sets.iter().for_each(|set| args.extend(["--set".to_string(), set.to_string()]));
-    let output = run(&args);
+    let output = run_program(&args);
     assert!(output.status.success(), "{name}: {}", stderr_of(&output));
     let dir = run_dir(&out);
     let train: Vec<Value> = rows(&dir.join("metrics.jsonl")).into_iter().filter(|row| row["kind"] == "train").collect();
@@ -211,6 +213,23 @@ fn dynamic_sampling_replaces_groups_that_teach_nothing() {
     killed_and_resumed(dir.path(), "dynamic", &sets, &dynamic);
 }
 
+/// All at once under 5 % error and AQN: what is injected in further rounds is what was planned, with blocks computed again
+/// in backward as without.
+#[test]
+fn options_go_with_noise_and_recomputation() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = [
+        "noisy_ops.enabled=true",
+        "noise_injection.enabled=true",
+        "algorithm={advantage: rloo, ratio: sequence, truncated_importance: 1.5, entropy_coef: 0.01, dynamic_sampling: {}}",
+    ];
+    let kept = train(dir.path(), "kept", &sets);
+    assert!(column(&kept.train, "dynamic_sampling/rounds").iter().any(|rounds| *rounds > 1.0));
+    assert!(column(&kept.train, "injection/disagreements").iter().all(|n| *n == 0.0), "{}", kept.said);
+    let again = train(dir.path(), "again", &[&sets[..], &["trainer.gradient_checkpointing=true"]].concat());
+    assert_eq!(kept.train, again.train);
+}
+
 /// Where every answer is wrong no group teaches anything: bounded rounds, a warning, a step all the same.
 #[test]
 fn dynamic_sampling_ends_where_nothing_teaches() {
@@ -283,20 +302,16 @@ for line in sys.stdin:
         &["reward={kind: command, command: [no-such-scorer]}".into()],
     );
     assert!(none.is_ok(), "what is installed is not the configuration's to know");
-    let path = dir.path().join("x.yaml");
-    let output = crate::support::run(&[
-        "train",
-        path.to_str().unwrap(),
-        "--dry-run",
-        "--set",
-        "reward={kind: command, command: [no-such-scorer]}",
-    ]);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(
-        stderr_of(&output).starts_with("error: reward.command: found [\"no-such-scorer\"]"),
-        "{}",
-        stderr_of(&output)
-    );
+    // A dry run says so, and so does a run, before it has a directory.
+    let out = dir.path().join("x-out");
+    for last in ["--dry-run", "--quiet"] {
+        let mut args = train_args(&dir.path().join("x.yaml"), &out);
+        args.extend(["--set", "reward={kind: command, command: [no-such-scorer]}", last].map(String::from));
+        let (output, expected) = (run_program(&args), "error: reward.command: found [\"no-such-scorer\"]");
+        assert_eq!(output.status.code(), Some(2));
+        assert!(stderr_of(&output).starts_with(expected), "{}", stderr_of(&output));
+        assert!(!out.exists());
+    }
 }
 
 /// configs/dapo.yaml, dr_grpo.yaml and gspo.yaml: their algorithm and reward on the tiny model.
