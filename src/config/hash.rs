@@ -22,6 +22,7 @@ const OPERATIONAL: [(&str, &[&str]); 4] = [
             "save_every",
             "keep_last",
             "keep_best",
+            "best_metric",
         ],
     ),
     ("reward", &["timeout_s", "max_restarts"]),

@@ -84,7 +84,7 @@ pub(super) fn check(config: &Config) -> Checked {
             "found with noisy_ops.dw_draw: per_microbatch, expected per_update: the number of micro-batches of an update varies",
         ));
     }
-    training::stop_rules(config)?;
+    training::metrics(config)?;
     noisy_ops(&config.noisy_ops)?;
     noise_injection(&config.noise_injection, config.trainer.epochs)?;
     fake_quant(&config.fake_quant)

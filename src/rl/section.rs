@@ -203,6 +203,8 @@ pub struct TrainerSection {
     pub keep_last: usize,
     /// Best checkpoints by validation accuracy kept besides.
     pub keep_best: usize,
+    /// Which validation accuracy is meant by best, e.g. `val/acc_clean`; null: that of the configuration's own full condition.
+    pub best_metric: Option<String>,
     /// Steps with a non-finite loss or gradient before the run stops with a checkpoint.
     pub max_skipped_steps: u64,
     /// A run ends when one of them fires.
@@ -231,6 +233,7 @@ impl Default for TrainerSection {
             val_batch_size: 64,
             keep_last: 2,
             keep_best: 1,
+            best_metric: None,
             max_skipped_steps: 20,
             stop_rules: Vec::new(),
             samples_per_step: 4,

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::time::Instant;
 
+use serde_json::Value;
 use tch::Device;
 
 pub use super::launch::{Launch, Outcome, Workload, check_lengths};
@@ -337,7 +338,10 @@ impl<'a> Run<'a> {
                 .filter_map(|(c, _)| Some((c.name(), validation.correct(*c)?.0 as f64 / n.max(1) as f64)))
                 .collect();
             console.validation(step, &self.workload.source, accuracy, &others, n);
-            self.last_score = Some(CheckpointScore { metric: format!("val/acc_{}", headline.name()), value: accuracy });
+            let own = format!("val/acc_{}", headline.name());
+            let metric = self.recipe.trainer.best_metric.clone().unwrap_or(own);
+            let value = row.get(&metric).and_then(Value::as_f64);
+            self.last_score = value.map(|value| CheckpointScore { metric, value });
         }
         self.outcome.validations.push(validation);
         Ok(())

@@ -218,6 +218,15 @@ const TABLE: [(&str, &[&str]); 92] = [
         &["trainer.stop_rules[0].patience: found 0, expected 1 or more"],
     ),
     ("fake_quant: {weights: \"mxfp4:floor,sr\"}", &["fake_quant.weights: ", "expected rceil"]),
+    (
+        "trainer: {best_metric: val/acc_quantized}",
+        &["trainer.best_metric: found \"val/acc_quantized\", expected one of val/acc_clean"],
+    ),
+    (
+        "trainer: {microbatch_tokens: 4096}\nnoisy_ops: {enabled: true, dw_draw: per_microbatch}",
+        &["trainer.microbatch_tokens: found 4096", "per_update"],
+    ),
+    ("rollout: {group_size: 4, max_sequences: 3}", &["rollout.max_sequences: found 3, expected at least"]),
 ];
 
 #[test]

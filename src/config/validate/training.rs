@@ -154,7 +154,8 @@ pub(super) fn reward(reward: &RewardSection, data: &DataSection) -> Checked {
     Ok(())
 }
 
-pub(super) fn stop_rules(config: &Config) -> Checked {
+/// `trainer.stop_rules` and `trainer.best_metric`: they name metrics that the run has.
+pub(super) fn metrics(config: &Config) -> Checked {
     let known = stop_rules::metrics(
         &config.algorithm,
         &config.reward,
@@ -162,6 +163,13 @@ pub(super) fn stop_rules(config: &Config) -> Checked {
         &config.noisy_ops,
         &config.fake_quant,
     );
+    if let Some(metric) = &config.trainer.best_metric {
+        let accuracies: Vec<&str> = known.iter().map(String::as_str).filter(|m| m.starts_with("val/acc_")).collect();
+        if !accuracies.contains(&metric.as_str()) {
+            let expected = accuracies.join(", ");
+            return Err(Violation::new("trainer.best_metric", format!("found \"{metric}\", expected one of {expected}")));
+        }
+    }
     for (i, rule) in config.trainer.stop_rules.iter().enumerate() {
         let key = |name: &str| format!("trainer.stop_rules[{i}].{name}");
         if !known.contains(&rule.metric) {
