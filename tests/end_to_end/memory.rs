@@ -181,3 +181,33 @@ fn a_training_step_takes_the_memory_that_was_estimated() {
         assert!((0.85..1.18).contains(&ratio), "{what}: measured {measured:.1} MB, estimated {estimated:.1} MB");
     }
 }
+
+/// A rollout of 60 sequences takes more than one of 20: KV cache and what sampling from 151936 logits needs. Prompts and
+/// responses have 32 and 64 tokens, as the estimate assumes of all.
+#[test]
+fn a_rollout_takes_the_memory_that_was_estimated() {
+    let dir = tempfile::tempdir().unwrap();
+    let lengths = dir.path().join("lengths.txt");
+    std::fs::write(&lengths, "32 64\n").unwrap();
+    let mini = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/e5c_mini.yaml").display().to_string();
+    let found = [4, 12].map(|prompts| {
+        let prompts = format!("data.prompts_per_step={prompts}");
+        let keys = [&prompts, "noisy_ops.enabled=false", "data.max_prompt_tokens=32", "data.max_response_tokens=64"];
+        let json = |args: &[&str]| -> serde_json::Value {
+            let set: Vec<&str> = keys.iter().flat_map(|key| ["--set", key]).collect();
+            let mut command = crate::support::temper(&[args, &[&mini, "--json", "-q"], &set].concat());
+            let output = command.env("MALLOC_MMAP_THRESHOLD_", "65536").output().unwrap();
+            assert!(output.status.success(), "{args:?}: {}", crate::support::stderr_of(&output));
+            serde_json::from_slice(&output.stdout).unwrap()
+        };
+        let bench = ["bench", "rollout", "--device", "cpu", "--steps", "1", "--warmup", "0"];
+        let report = json(&[&bench[..], &["--lengths", lengths.to_str().unwrap()]].concat());
+        let plan = json(&["plan", "--steps-per-epoch", "12"]);
+        assert_eq!(plan["memory"]["phases"][0]["phase"], "rollout");
+        [report["peak_host_bytes"].as_f64().unwrap(), plan["memory"]["phases"][0]["bytes"].as_f64().unwrap()]
+    });
+    let (measured, estimated) = (found[1][0] - found[0][0], found[1][1] - found[0][1]);
+    println!("40 sequences more: measured {:.1} MB, estimated {:.1} MB", measured / 1e6, estimated / 1e6);
+    let ratio = estimated / measured;
+    assert!((0.85..1.18).contains(&ratio), "measured {:.1} MB, estimated {:.1} MB", measured / 1e6, estimated / 1e6);
+}
