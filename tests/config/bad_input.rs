@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 92] = [
+const TABLE: [(&str, &[&str]); 95] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),

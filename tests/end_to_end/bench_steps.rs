@@ -84,9 +84,9 @@ fn bench_train_times_every_phase_with_and_without_noise() {
     // Two measured steps of each variant, none of the warm-up's: 4 decode passes each after the prefill.
     let events = events(&trace);
     let count = |name: &str| events.iter().filter(|e| e.0 == name).count();
-    assert_eq!((count("step"), count("prefill"), count("decode"), count("sample")), (4, 4, 16, 20));
+    assert_eq!((count("step"), count("prefill"), count("decode"), count("look")), (4, 4, 16, 16));
     assert_inside(&events, &["rollout", "logprobs", "update"], "step");
-    assert_inside(&events, &["prefill", "decode", "sample"], "rollout");
+    assert_inside(&events, &["prefill", "decode", "look"], "rollout");
     assert_inside(&events, &["old_logprobs", "reference_logprobs"], "logprobs");
     assert_inside(&events, &["forward", "backward", "optimizer"], "update");
 }

@@ -167,7 +167,10 @@ pub(super) fn metrics(config: &Config) -> Checked {
         let accuracies: Vec<&str> = known.iter().map(String::as_str).filter(|m| m.starts_with("val/acc_")).collect();
         if !accuracies.contains(&metric.as_str()) {
             let expected = accuracies.join(", ");
-            return Err(Violation::new("trainer.best_metric", format!("found \"{metric}\", expected one of {expected}")));
+            return Err(Violation::new(
+                "trainer.best_metric",
+                format!("found \"{metric}\", expected one of {expected}"),
+            ));
         }
     }
     for (i, rule) in config.trainer.stop_rules.iter().enumerate() {
