@@ -9,12 +9,15 @@ use tch::{Device, Kind, Tensor};
 use super::config::Qwen2Config;
 use crate::Result;
 
-/// Positions by which the capacity grows.
-pub const GROWTH: usize = 256;
+/// Positions by which the capacity grows: on a GPU seldom, since a CUDA graph is captured anew.
+pub fn growth(on_gpu: bool) -> usize {
+    if on_gpu { 256 } else { 32 }
+}
 
 pub struct KvCache {
     layers: RefCell<Vec<(Tensor, Tensor)>>,
     capacity: usize,
+    growth: usize,
 }
 
 /// Where the rows of a full pass go: token `source[i]` of the pass to position `positions[i]` of row `rows[i]`, so that one
@@ -81,12 +84,13 @@ impl DecodeStep {
 impl KvCache {
     /// Empty, for sequences of at most `positions` tokens at first.
     pub fn new(config: &Qwen2Config, rows: usize, positions: usize, kind: Kind, device: Device) -> Result<KvCache> {
-        let capacity = positions.next_multiple_of(GROWTH);
+        let growth = growth(device.is_cuda());
+        let capacity = positions.next_multiple_of(growth);
         let (heads, dim) = (config.num_key_value_heads as i64, config.head_dim as i64);
         // Zeros: on a CPU a place that is masked still enters a product, with weight 0.
         let zeros = || Tensor::f_zeros([rows as i64, heads, capacity as i64, dim], (kind, device));
         let layers = (0..config.num_hidden_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<Vec<_>>>()?;
-        Ok(KvCache { layers: RefCell::new(layers), capacity })
+        Ok(KvCache { layers: RefCell::new(layers), capacity, growth })
     }
 
     /// Positions that there is room for.
@@ -99,7 +103,7 @@ impl KvCache {
         if positions <= self.capacity {
             return Ok(false);
         }
-        let capacity = positions.next_multiple_of(GROWTH);
+        let capacity = positions.next_multiple_of(self.growth);
         let grown = |old: &Tensor| -> Result<Tensor> {
             let (rows, heads, length, dim) = old.size4()?;
             let new = Tensor::f_zeros([rows, heads, capacity as i64, dim], (old.kind(), old.device()))?;

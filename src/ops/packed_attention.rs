@@ -22,16 +22,19 @@ pub struct Packing {
     longest: i64,
     starts: Option<Tensor>, // i32 [sequences + 1], on a GPU
     groups: Vec<Group>,
-    /// Of each row its place in the groups' rows one after the other; None: the same. i64 [tokens]
-    places: Option<Tensor>,
+    by_length: Option<Order>, // None: the rows lie in the groups' order
 }
 
 /// The sequences of one length.
 struct Group {
     length: i64,
     sequences: i64,
-    first_row: i64,
-    rows: Option<Tensor>, // i64 [sequences * length]; None: consecutive from the first
+}
+
+/// The rows of the groups one after the other, and back.
+struct Order {
+    rows: Tensor,   // i64 [tokens]: which row stands at each place
+    places: Tensor, // i64 [tokens]: at which place each row stands
 }
 
 impl Packing {
@@ -44,30 +47,25 @@ impl Packing {
             by_length.entry(length).or_default().push(start);
             starts.push(start + length as i64);
         }
+        let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
         let tokens = starts[starts.len() - 1];
         let longest = by_length.last_key_value().map_or(0, |(&length, _)| length as i64);
-        let (mut groups, mut order) = (Vec::new(), Vec::with_capacity(tokens as usize));
+        let (mut groups, mut rows) = (Vec::new(), Vec::with_capacity(tokens as usize));
         for (length, group) in by_length {
-            let begin = order.len();
-            order.extend(group.iter().flat_map(|&start| start..start + length as i64));
-            let rows = &order[begin..];
-            let consecutive = rows.windows(2).all(|pair| pair[1] == pair[0] + 1);
-            groups.push(Group {
-                length: length as i64,
-                sequences: group.len() as i64,
-                first_row: group[0],
-                rows: if consecutive { None } else { Some(Tensor::f_from_slice(rows)?.f_to_device(device)?) },
-            });
+            groups.push(Group { length: length as i64, sequences: group.len() as i64 });
+            rows.extend(group.iter().flat_map(|&start| start..start + length as i64));
         }
-        let mut places = vec![0i64; order.len()];
-        order.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place as i64);
-        let in_order = places.iter().enumerate().all(|(row, &place)| row as i64 == place);
+        let mut places = vec![0i64; rows.len()];
+        rows.iter().enumerate().for_each(|(place, &row)| places[row as usize] = place as i64);
+        let order = match rows.is_sorted() {
+            true => None,
+            false => Some(Order { rows: upload(&rows)?, places: upload(&places)? }),
+        };
         let starts = match device {
-            Device::Cuda(_) => Some(Tensor::f_from_slice(&starts)?.f_to_kind(Kind::Int)?.f_to_device(device)?),
+            Device::Cuda(_) => Some(upload(&starts)?.f_to_kind(Kind::Int)?),
             _ => None,
         };
-        let places = if in_order { None } else { Some(Tensor::f_from_slice(&places)?.f_to_device(device)?) };
-        Ok(Packing { tokens, longest, starts, groups, places })
+        Ok(Packing { tokens, longest, starts, groups, by_length: order })
     }
 
     /// Rows of all sequences.
@@ -82,15 +80,24 @@ impl Packing {
             Some(starts) if q.kind() != Kind::Float && dim % 8 == 0 && dim <= FLASH_HEAD_DIM => {
                 flash_attention(q, k, v, starts, self.longest, scale)?
             }
-            _ => self.by_length(q, k, v, scale)?,
+            _ => self.in_batches(q, k, v, scale)?,
         };
         Ok(out.f_reshape([tokens, heads * dim])?)
     }
 
     /// The sequences of each length as a batch: [tokens, heads, dim].
-    pub fn by_length(&self, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
+    fn in_batches(&self, q: &Tensor, k: &Tensor, v: &Tensor, scale: f64) -> Result<Tensor> {
         let (_, heads, dim) = q.size3()?;
-        let outs = self.groups.iter().map(|group| {
+        let sizes: Vec<i64> = self.groups.iter().map(|group| group.sequences * group.length).collect();
+        let split = |x: &Tensor| -> Result<Vec<Tensor>> {
+            let x = match &self.by_length {
+                Some(order) => x.f_index_select(0, &order.rows)?,
+                None => x.shallow_clone(),
+            };
+            Ok(x.f_split_with_sizes(&sizes, 0)?)
+        };
+        let (q, k, v) = (split(q)?, split(k)?, split(v)?);
+        let outs = self.groups.iter().zip(&q).zip(k.iter().zip(&v)).map(|((group, q), (k, v))| {
             let (q, k, v) = (group.batch(q, heads)?, group.batch(k, heads)?, group.batch(v, heads)?);
             let none: Option<&Tensor> = None;
             let out = Tensor::f_scaled_dot_product_attention(&q, &k, &v, none, 0.0, true, scale, false)?;
@@ -98,21 +105,17 @@ impl Packing {
         });
         let mut outs = outs.collect::<Result<Vec<Tensor>>>()?;
         let out = if outs.len() == 1 { outs.remove(0) } else { Tensor::f_cat(&outs, 0)? };
-        match &self.places {
-            Some(places) => Ok(out.f_index_select(0, places)?),
+        match &self.by_length {
+            Some(order) => Ok(out.f_index_select(0, &order.places)?),
             None => Ok(out),
         }
     }
 }
 
 impl Group {
-    /// [tokens, some heads, dim] -> [sequences, heads, length, dim], each kv head repeated for its query heads.
+    /// The group's rows [rows, some heads, dim] -> [sequences, heads, length, dim], each kv head repeated for its query heads.
     fn batch(&self, x: &Tensor, heads: i64) -> Result<Tensor> {
         let (_, some, dim) = x.size3()?;
-        let x = match &self.rows {
-            Some(rows) => x.f_index_select(0, rows)?,
-            None => x.f_narrow(0, self.first_row, self.sequences * self.length)?,
-        };
         let x = x.f_view([self.sequences, self.length, some, dim])?.f_transpose(1, 2)?;
         if some == heads {
             return Ok(x);

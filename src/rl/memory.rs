@@ -108,7 +108,7 @@ impl<'a> Demand<'a> {
             sequences: (data.prompts_per_step * group) as u64,
             group_size: group as u64,
             max_sequences: at_once,
-            cache_step: kv_cache::GROWTH as u64,
+            cache_step: kv_cache::growth(on_gpu) as u64,
             prompt_tokens: data.max_prompt_tokens as u64,
             response_tokens: data.max_response_tokens as u64,
             microbatch_tokens: trainer.microbatch_tokens.unwrap_or(trainer.microbatch_sequences * longest as usize)
