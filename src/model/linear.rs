@@ -1,6 +1,7 @@
 //! A linear layer under the injection plan: fake-quantized weight and input, AQN on the weight, noisy products.
 
 use std::cell::RefCell;
+use std::rc::Rc;
 
 use tch::{Kind, Tensor};
 
@@ -8,19 +9,25 @@ use super::linear_input::LinearInput;
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
+use crate::ops::cuda::launch::Gpu;
+use crate::ops::cuda::matmul::PackedWeight;
 use crate::ops::noisy_linear::{self, NoisyLinearCall, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
+
+/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. Not measured.
+const PACKED_ROWS: i64 = 64;
 
 /// One place of the module list whose product the plan may touch, and what is derived from its weight.
 pub struct Site {
     pub index: u32, // position in the model's module list
     quantized: RefCell<Option<Tensor>>,
+    packed: RefCell<Option<Rc<PackedWeight>>>, // Q(w) as codes, on a GPU
     aqn_weight: RefCell<Option<Tensor>>,
 }
 
 impl Site {
     fn new(index: u32) -> Site {
-        Site { index, quantized: RefCell::new(None), aqn_weight: RefCell::new(None) }
+        Site { index, quantized: RefCell::new(None), packed: RefCell::new(None), aqn_weight: RefCell::new(None) }
     }
 
     /// Sets or removes the noised weight that the phases under AQN use.
@@ -31,11 +38,17 @@ impl Site {
     /// Drops what was derived from the weight; call after every change of it.
     pub fn invalidate(&self) {
         *self.quantized.borrow_mut() = None;
+        *self.packed.borrow_mut() = None;
     }
 
     /// Q(w), as [`quantize_weights`](super::quantized::quantize_weights) made it.
     pub fn set_quantized(&self, weight: Tensor) {
         *self.quantized.borrow_mut() = Some(weight);
+    }
+
+    /// The same numbers as codes and scales.
+    pub fn set_packed(&self, weight: PackedWeight) {
+        *self.packed.borrow_mut() = Some(Rc::new(weight));
     }
 
     /// Q(w) where it has been made since the weight last changed, else w.
@@ -61,6 +74,17 @@ impl Site {
             return self.quantized(weight);
         }
         weight.value().shallow_clone()
+    }
+
+    /// Q(w) packed, where the product of this pass over `rows` reads it so: few rows, which wait for the weight, and no
+    /// gradient; not where AQN's weight stands in its place.
+    fn packed(&self, pass: &Pass, rows: i64) -> Option<Rc<PackedWeight>> {
+        let injector = pass.injector.filter(|injector| pass.fake_quant && injector.quantizes(pass.phase))?;
+        let noised = injector.aqn_applies(pass.phase) && self.aqn_weight.borrow().is_some();
+        if pass.differentiable || pass.recomputing || noised || rows > PACKED_ROWS {
+            return None;
+        }
+        self.packed.borrow().clone()
     }
 
     fn call(&self, pass: &Pass, out_features: usize) -> NoisyLinearCall {
@@ -106,6 +130,9 @@ impl Linear {
         let weight = self.site.weight(&self.weight, pass);
         let bias = self.bias.as_ref().map(Parameter::leaf);
         let call = self.site.call(pass, weight.size()[0] as usize);
+        if let Some(packed) = self.site.packed(pass, x.size()[0]) {
+            return noisy_linear::forward_packed(&Gpu::of("packed linear: x", &x)?, &x, &packed, bias, &call);
+        }
         noisy_linear(&x, &weight, bias, self.weight.anchor(), &call)
     }
 }

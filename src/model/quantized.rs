@@ -3,12 +3,17 @@
 //! q/k/v and gate/up of a layer share one nvfp4 tensor amax, as deployment stores them fused, so that what was trained is
 //! what is exported. Stochastic rounding draws anew for every optimizer update.
 
+use tch::{Device, Kind};
+
 use super::linear::Site;
 use super::qwen2::{Module, Qwen2};
 use crate::Result;
 use crate::inject::injector::Injector;
 use crate::numerics::format::Format;
 use crate::numerics::noise_key::Phase;
+use crate::ops::cuda::fake_quant::{Matrix, MatrixScale};
+use crate::ops::cuda::launch::{Executor, Gpu};
+use crate::ops::cuda::matmul::{PACKED_K, PackedWeight};
 use crate::ops::fake_quant::{Weight, fake_quant_weights};
 
 /// Quantizes every planned weight that has no quantized copy yet.
@@ -39,12 +44,32 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
     }
     for Batch { format, sites, weights } in batches {
         for ((index, site), (quantized, sums)) in
-            sites.into_iter().zip(fake_quant_weights(&weights, format, described)?)
+            sites.iter().copied().zip(fake_quant_weights(&weights, format, described)?)
         {
             if let Some(sums) = sums {
                 injector.record_quant(index, format, &sums);
             }
             site.set_quantized(quantized);
+        }
+        if let (Device::Cuda(index), Kind::BFloat16) = (model.device(), model.kind()) {
+            pack(&Gpu::number(index), format, &sites, &weights)?;
+        }
+    }
+    Ok(())
+}
+
+/// The same weights as codes, for products over few rows: those that such a product can read.
+fn pack(executor: &dyn Executor, format: Format, sites: &[(u32, &Site)], weights: &[Weight]) -> Result<()> {
+    if PackedWeight::layout_of(format).is_none() {
+        return Ok(());
+    }
+    let matrices: Vec<Matrix> = weights
+        .iter()
+        .map(|weight| Matrix { x: weight.x, scale: MatrixScale::Group(weight.scale_group), draw: None })
+        .collect();
+    for ((_, site), packed) in sites.iter().zip(PackedWeight::quantize_all(executor, &matrices, format)?) {
+        if 2 * packed.codes.size()[1] % PACKED_K == 0 {
+            site.set_packed(packed);
         }
     }
     Ok(())

@@ -10,8 +10,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::cuda::launch::Gpu;
-use super::cuda::matmul::{Layout, Product, matmul};
+use super::cuda::launch::{Executor, Gpu};
+use super::cuda::matmul::{Layout, PackedWeight, Product, matmul};
 use super::cuda::noise::Destination;
 use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_rows, finish_product};
 use crate::numerics::error_law::NoiseSums;
@@ -97,6 +97,39 @@ pub fn forward(
     }
     let y = product_f32(x, &weight.f_transpose(0, 1)?)?;
     finish_product(y, bias, call.forward.draw.as_ref(), &call.keys, sink, out_kind)
+}
+
+/// [`forward`] in bf16 with a weight that is held packed. No gradient.
+///
+/// # Errors
+/// As `ops::cuda::matmul::matmul`.
+pub fn forward_packed(
+    executor: &dyn Executor,
+    x: &Tensor,
+    weight: &PackedWeight,
+    bias: Option<&Tensor>,
+    call: &NoisyLinearCall,
+) -> Result<Tensor> {
+    let x = x.f_contiguous()?;
+    let error = &call.forward;
+    let sums = match (&error.draw, &error.sink) {
+        (Some(_), Some(sink)) => Some(sink.device_sums(executor.device())?),
+        _ => None,
+    };
+    let out = Tensor::f_empty([x.size()[0], weight.codes.size()[0]], (x.kind(), x.device()))?;
+    let product = Product {
+        layout: weight.layout,
+        a: &x,
+        b: &weight.codes,
+        scales: Some(weight.scales()),
+        into: Destination::Store(&out),
+        bias,
+        error: error.draw.as_ref(),
+        keys: &call.keys,
+        sums: sums.as_ref(),
+    };
+    matmul(executor, &product)?;
+    Ok(out)
 }
 
 /// dX = law(dY W) in the dtype of `weight`. No gradient.

@@ -11,7 +11,7 @@
 //! head_gradient   4 V h            a tied head under matmul error keeps its dW apart (update, optimizer)
 //! moments         8 (M + v)        AdamW's two
 //! reference       e M + 4 v        kl_coef > 0; with offload_reference only while log-probs are computed
-//! quantized       e Q              Q(w) of the planned linears; once more where the reference is quantized
+//! quantized       (e + 9/16) Q     Q(w) of the planned linears, on a GPU in bf16 also as codes; e Q where the reference is
 //! aqn_weights     4 (norms) + e (linears), of planned modules; in rollout, in the update where it sees w' too
 //! kv_cache        e 2 layers rows capacity kv_heads head_dim
 //! ```
@@ -263,7 +263,9 @@ impl<'a> Demand<'a> {
     fn quantized(&self) -> u64 {
         let phases = [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward];
         let applies = phases.into_iter().any(|phase| self.plan.quant_in(phase));
-        if applies { self.element_bytes() * self.quantized_elements() } else { 0 }
+        // On a GPU once more as codes: 4 bits an element, 8 a block of 16 or 32.
+        let packed = if self.on_gpu && self.dtype == Dtype::Bf16 { self.quantized_elements() * 9 / 16 } else { 0 };
+        if applies { self.element_bytes() * self.quantized_elements() + packed } else { 0 }
     }
 
     fn reference_quantized(&self) -> u64 {

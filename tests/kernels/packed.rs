@@ -6,10 +6,12 @@ use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::format::Format;
 use temper::numerics::generator;
+use temper::ops::cuda::fake_quant::{Matrix, MatrixScale};
 use temper::ops::cuda::matmul::{Layout, PACKED_K, PackedScales, PackedWeight, Product, choices, matmul, prepare_as};
 use temper::ops::cuda::noise::Destination;
-use temper::ops::fake_quant::fake_quant;
-use temper::ops::matmul_error::{ErrorDraw, RowKeys};
+use temper::ops::fake_quant::{Weight, fake_quant, fake_quant_weights};
+use temper::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink};
+use temper::ops::noisy_linear::{self, NoisyLinearCall, ProductError};
 
 use crate::host::{ORDERS, Shim};
 use crate::matmul::{Case, assert_near};
@@ -48,6 +50,47 @@ fn a_packed_weight_gives_the_fake_quantized_ones_product() {
                     })
                     .collect();
                 assert_bits(&run(Some(&draw)), &noisy, &format!("{format} {:?} {choice:?}, noisy", (m, n, k)));
+            }
+        }
+    }
+}
+
+/// A linear layer over a packed weight is the one over Q(w): the same draws, bias and measurement, to rounding; and weights that
+/// share a tensor amax are packed with it.
+#[test]
+fn a_packed_linear_layer_is_the_fake_quantized_one() {
+    let (m, n, k) = (7, 70, PACKED_K as usize);
+    for format in [Format::MXFP4, Format::NVFP4] {
+        let case = Case::new(Layout::Nt, Kind::BFloat16, (m, n, k), 3);
+        let larger = case.b.f_mul_scalar(3.0).unwrap();
+        let weights = [&case.b, &larger].map(|x| Weight { x, scale_group: 4, draw: None });
+        let matrices = [&case.b, &larger].map(|x| Matrix { x, scale: MatrixScale::Group(4), draw: None });
+        let packed = PackedWeight::quantize_all(&Shim(0), &matrices, format).unwrap();
+        let quantized = fake_quant_weights(&weights, format, false).unwrap();
+        let bias = Tensor::from_slice(&vec![0.25f32; n]);
+        let draw = ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream: 9 };
+        for draw in [None, Some(draw)] {
+            for (packed, (quantized, _)) in packed.iter().zip(&quantized) {
+                let call = || {
+                    let sink = draw.is_some().then(SumsSink::default);
+                    let forward = ProductError { draw: draw.clone(), sink };
+                    NoisyLinearCall { forward, ..NoisyLinearCall::clean(case.keys.clone(), false) }
+                };
+                let (ours, dense) = (call(), call());
+                let y = noisy_linear::forward_packed(&Shim(0), &case.a, packed, Some(&bias), &ours).unwrap();
+                let want =
+                    noisy_linear::forward(&case.a, quantized, Some(&bias), &dense, true, Kind::BFloat16).unwrap();
+                let (y, want) = (floats(&y), floats(&want));
+                let largest = want.iter().fold(0f32, |a, w| a.max(w.abs()));
+                for (y, want) in y.iter().zip(&want) {
+                    assert!((y - want).abs() <= largest / 100.0, "{format}: {y}, expected {want}");
+                }
+                if let (Some(ours), Some(dense)) = (ours.forward.sink, dense.forward.sink) {
+                    let taken = SumsSink::take_all(&[ours, dense]).unwrap();
+                    let relative = |i: usize| (taken[i].1.error_sq / taken[i].1.clean_sq).sqrt();
+                    assert_eq!((taken[0].0, taken[0].1.elements), (taken[1].0, taken[1].1.elements));
+                    assert!((relative(0) / relative(1) - 1.0).abs() < 0.01, "{} {}", relative(0), relative(1));
+                }
             }
         }
     }

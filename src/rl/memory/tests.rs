@@ -81,7 +81,11 @@ fn every_part_follows_the_key_that_it_belongs_to() {
     assert_eq!(part(&estimate, "update", "head_gradient"), 4 * head, "a tied head under error");
     assert_eq!(part(&estimate, "rollout", "head_gradient"), 0);
     let linears: u64 = 28 * (2 * 1536 * 1536 + 2 * 256 * 1536 + 3 * 1536 * 8960);
-    assert_eq!(part(&estimate, "rollout", "quantized"), 2 * linears);
+    assert_eq!(
+        part(&estimate, "rollout", "quantized"),
+        2 * linears + linears * 9 / 16,
+        "values, and codes with scales"
+    );
 
     let offloaded = Demand { offload_reference: true, ..all.clone() }.estimate();
     assert_eq!(part(&offloaded, "update", "reference"), 0);

@@ -18,25 +18,42 @@ pub struct PackedWeight {
 }
 
 impl PackedWeight {
+    /// The layout of a product with a weight in `format`; None where there is none: other formats, and stochastic ones.
+    pub fn layout_of(format: Format) -> Option<Layout> {
+        match format {
+            Format { family: Family::Mxfp4 { .. }, rounding: Rounding::NearestEven, .. } => Some(Layout::NtMxfp4),
+            Format { family: Family::Nvfp4 { four_over_six: false }, rounding: Rounding::NearestEven, .. } => {
+                Some(Layout::NtNvfp4)
+            }
+            _ => None,
+        }
+    }
+
     /// Of a weight [n, k] on the executor's device. A block with NaN or infinity has no codes: numerics.md, section 2.
     ///
     /// # Errors
     /// As [`quantize`]; `Runtime` for a format that is not mxfp4 or nvfp4 with nearest rounding.
     pub fn quantize(executor: &dyn Executor, weight: &Tensor, format: Format) -> Result<PackedWeight> {
-        let layout = match format {
-            Format { family: Family::Mxfp4 { .. }, rounding: Rounding::NearestEven, .. } => Layout::NtMxfp4,
-            Format { family: Family::Nvfp4 { four_over_six: false }, rounding: Rounding::NearestEven, .. } => {
-                Layout::NtNvfp4
-            }
-            _ => return Err(Error::Runtime(format!("packed weight: found {format}, expected mxfp4 or nvfp4"))),
-        };
         let matrix = Matrix { x: weight, scale: MatrixScale::Own(TensorScale::Tensor), draw: None };
+        let nothing = || Error::Runtime("packed weight: nothing was made".into());
+        PackedWeight::quantize_all(executor, &[matrix], format)?.pop().ok_or_else(nothing)
+    }
+
+    /// As [`PackedWeight::quantize`], of several that may share tensor amaxes.
+    ///
+    /// # Errors
+    /// As [`PackedWeight::quantize`].
+    pub fn quantize_all(executor: &dyn Executor, matrices: &[Matrix], format: Format) -> Result<Vec<PackedWeight>> {
+        let Some(layout) = PackedWeight::layout_of(format) else {
+            return Err(Error::Runtime(format!("packed weight: found {format}, expected mxfp4 or nvfp4")));
+        };
         let wanted = Wanted { codes: true, ..Wanted::default() };
-        let made = quantize(executor, format, &[matrix], wanted)?.matrices.pop();
-        match made.map(|made| (made.codes, made.block_scales, made.amax)) {
-            Some((Some(codes), Some(block_scales), amax)) => Ok(PackedWeight { layout, codes, block_scales, amax }),
+        let made = quantize(executor, format, matrices, wanted)?.matrices.into_iter();
+        let packed = made.map(|made| match (made.codes, made.block_scales, made.amax) {
+            (Some(codes), Some(block_scales), amax) => Ok(PackedWeight { layout, codes, block_scales, amax }),
             _ => Err(Error::Runtime("packed weight: nothing was made".into())),
-        }
+        });
+        packed.collect()
     }
 
     pub fn scales(&self) -> PackedScales<'_> {
