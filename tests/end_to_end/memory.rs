@@ -190,21 +190,25 @@ fn a_rollout_takes_the_memory_that_was_estimated() {
     let lengths = dir.path().join("lengths.txt");
     std::fs::write(&lengths, "32 64\n").unwrap();
     let mini = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/e5c_mini.yaml").display().to_string();
+    let shapes = Qwen2Config::preset("qwen2.5-mini").unwrap();
     let found = [4, 12].map(|prompts| {
-        let prompts = format!("data.prompts_per_step={prompts}");
-        let keys = [&prompts, "noisy_ops.enabled=false", "data.max_prompt_tokens=32", "data.max_response_tokens=64"];
-        let json = |args: &[&str]| -> serde_json::Value {
-            let set: Vec<&str> = keys.iter().flat_map(|key| ["--set", key]).collect();
-            let mut command = crate::support::temper(&[args, &[&mini, "--json", "-q"], &set].concat());
-            let output = command.env("MALLOC_MMAP_THRESHOLD_", "65536").output().unwrap();
-            assert!(output.status.success(), "{args:?}: {}", crate::support::stderr_of(&output));
-            serde_json::from_slice(&output.stdout).unwrap()
-        };
-        let bench = ["bench", "rollout", "--device", "cpu", "--steps", "1", "--warmup", "0"];
-        let report = json(&[&bench[..], &["--lengths", lengths.to_str().unwrap()]].concat());
-        let plan = json(&["plan", "--steps-per-epoch", "12"]);
-        assert_eq!(plan["memory"]["phases"][0]["phase"], "rollout");
-        [report["peak_host_bytes"].as_f64().unwrap(), plan["memory"]["phases"][0]["bytes"].as_f64().unwrap()]
+        let step = format!("data.prompts_per_step={prompts}");
+        let keys = [&step, "noisy_ops.enabled=false", "data.max_prompt_tokens=32", "data.max_response_tokens=64"];
+        let mut args =
+            vec!["bench", "rollout", &mini, "--json", "-q", "--device", "cpu", "--steps", "1", "--warmup", "0"];
+        args.extend(["--lengths", lengths.to_str().unwrap()]);
+        args.extend(keys.iter().flat_map(|key| ["--set", key]));
+        let output = crate::support::temper(&args).env("MALLOC_MMAP_THRESHOLD_", "65536").output().unwrap();
+        assert!(output.status.success(), "{}", crate::support::stderr_of(&output));
+        let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+
+        let mut recipe = recipe(prompts * 2, false);
+        (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens) = (32, 64);
+        (recipe.data.prompts_per_step, recipe.rollout.group_size) = (prompts, 5);
+        let plan = recipe.injection_plan(&shapes).unwrap();
+        let estimate = Demand::of(&recipe, &shapes, &plan, false).estimate();
+        assert_eq!(estimate.phases[0].phase, "rollout");
+        [report["peak_host_bytes"].as_f64().unwrap(), estimate.phases[0].bytes as f64]
     });
     let (measured, estimated) = (found[1][0] - found[0][0], found[1][1] - found[0][1]);
     println!("40 sequences more: measured {:.1} MB, estimated {:.1} MB", measured / 1e6, estimated / 1e6);

@@ -20,12 +20,12 @@ void* temper_graph_capture(int device, temper_work_fn work, void* payload, char*
   *error = nullptr;
 #ifdef TEMPER_TORCH_CUDA
   try {
-    // What was queued before must be done: the capture's stream is another one. The default stream cannot be captured.
-    c10::cuda::device_synchronize();
     auto* graph = new at::cuda::CUDAGraph();
     int failed = 0;
     try {
+      // The default stream cannot be captured. What was queued there must be done before.
       c10::StreamGuard guard(c10::cuda::getStreamFromPool(false, static_cast<c10::DeviceIndex>(device)));
+      c10::cuda::device_synchronize();
       // Other threads may go on working: NVML's readings, for one.
       graph->capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
       failed = work(payload);
