@@ -3,7 +3,7 @@
 use tch::{Device, Tensor};
 
 use super::attention::Attend;
-use super::pass::{Pass, PromptUid, Sequence, ids_tensor};
+use super::pass::{Pass, PromptUid, Sequence, ids_tensor, rows_tensor};
 use super::qwen2::Qwen2;
 use super::recompute::Recompute;
 use crate::Result;
@@ -84,8 +84,7 @@ impl Rows {
     /// Final norm and head on the rows that predict.
     fn read_out(&self, model: &Qwen2, residual: &Tensor, temperature: f64, pass: &Pass) -> Result<TokenLogprobs> {
         let head_pass = pass.with_keys(self.keys.select(&self.predicting));
-        let rows: Vec<i64> = self.predicting.iter().map(|&r| r as i64).collect();
-        let rows = Tensor::f_from_slice(&rows)?.f_to_device(model.device())?;
+        let rows = rows_tensor(&self.predicting, model.device())?;
         let hidden = model.norm.forward(&residual.f_index_select(0, &rows)?, &head_pass)?;
         model.head.token_logprobs(model.head_weight(), &hidden, &self.targets, temperature, &head_pass)
     }

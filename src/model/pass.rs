@@ -101,3 +101,9 @@ pub fn ids_tensor(ids: &[u32], device: tch::Device) -> Result<Tensor> {
     let ids: Vec<i64> = ids.iter().map(|&i| i64::from(i)).collect();
     Ok(Tensor::f_from_slice(&ids)?.f_to_device(device)?)
 }
+
+/// Row numbers as an i64 tensor on `device`.
+pub fn rows_tensor(rows: &[usize], device: tch::Device) -> Result<Tensor> {
+    let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+    Ok(Tensor::f_from_slice(&rows)?.f_to_device(device)?)
+}

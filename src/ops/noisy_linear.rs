@@ -73,11 +73,15 @@ fn noisy_product(
     keys: &RowKeys,
     sink: Option<&SumsSink>,
 ) -> Result<()> {
-    let sums = sink.map(|sink| sink.device_sums(a.device())).transpose()?;
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
-    let product =
-        Product { layout, a: &a, b: &b, scales: None, into, bias, error: Some(draw), keys, sums: sums.as_ref() };
-    matmul(&Gpu::of("noisy_linear: x", &a)?, &product)
+    let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: Some(draw), keys, sums: None };
+    measured_product(&Gpu::of("noisy_linear: x", &a)?, product, sink)
+}
+
+/// A product whose error is added up in `sink`.
+fn measured_product(executor: &dyn Executor, product: Product, sink: Option<&SumsSink>) -> Result<()> {
+    let sums = sink.map(|sink| sink.device_sums(executor.device())).transpose()?;
+    matmul(executor, &Product { sums: sums.as_ref(), ..product })
 }
 
 /// The forward product with its error. No gradient.
@@ -111,11 +115,6 @@ pub fn forward_packed(
     call: &NoisyLinearCall,
 ) -> Result<Tensor> {
     let x = x.f_contiguous()?;
-    let error = &call.forward;
-    let sums = match (&error.draw, &error.sink) {
-        (Some(_), Some(sink)) => Some(sink.device_sums(executor.device())?),
-        _ => None,
-    };
     let out = Tensor::f_empty([x.size()[0], weight.codes.size()[0]], (x.kind(), x.device()))?;
     let product = Product {
         layout: weight.layout,
@@ -124,11 +123,12 @@ pub fn forward_packed(
         scales: Some(weight.scales()),
         into: Destination::Store(&out),
         bias,
-        error: error.draw.as_ref(),
+        error: call.forward.draw.as_ref(),
         keys: &call.keys,
-        sums: sums.as_ref(),
+        sums: None,
     };
-    matmul(executor, &product)?;
+    let sink = call.forward.sink.as_ref().filter(|_| call.forward.draw.is_some());
+    measured_product(executor, product, sink)?;
     Ok(out)
 }
 

@@ -18,7 +18,6 @@ const FLASH_HEAD_DIM: i64 = 256;
 
 /// Where each sequence's rows lie.
 pub struct Packing {
-    tokens: i64,
     longest: i64,
     starts: Option<Tensor>, // i32 [sequences + 1], on a GPU
     groups: Vec<Group>,
@@ -48,9 +47,8 @@ impl Packing {
             starts.push(start + length as i64);
         }
         let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
-        let tokens = starts[starts.len() - 1];
         let longest = by_length.last_key_value().map_or(0, |(&length, _)| length as i64);
-        let (mut groups, mut rows) = (Vec::new(), Vec::with_capacity(tokens as usize));
+        let (mut groups, mut rows) = (Vec::new(), Vec::new());
         for (length, group) in by_length {
             groups.push(Group { length: length as i64, sequences: group.len() as i64 });
             rows.extend(group.iter().flat_map(|&start| start..start + length as i64));
@@ -65,12 +63,7 @@ impl Packing {
             Device::Cuda(_) => Some(upload(&starts)?.f_to_kind(Kind::Int)?),
             _ => None,
         };
-        Ok(Packing { tokens, longest, starts, groups, by_length: order })
-    }
-
-    /// Rows of all sequences.
-    pub fn tokens(&self) -> i64 {
-        self.tokens
+        Ok(Packing { longest, starts, groups, by_length: order })
     }
 
     /// -> [tokens, heads * dim].

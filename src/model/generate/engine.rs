@@ -9,7 +9,7 @@ use super::rows::Rows;
 use super::{Completion, Prompt, Request};
 use crate::model::attention::Attend;
 use crate::model::kv_cache::{DecodeStep, KvCache, Places};
-use crate::model::pass::{Pass, Sequence, ids_tensor};
+use crate::model::pass::{Pass, Sequence, ids_tensor, rows_tensor};
 use crate::model::qwen2::Qwen2;
 use crate::ops::cuda::torch_graph::TorchGraph;
 use crate::ops::matmul_error::RowKeys;
@@ -35,7 +35,7 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
         pass,
         rule: request.sampling.rule()?,
         cache: KvCache::new(&model.config, rows.len(), longest_prompt + check_every, model.kind(), model.device())?,
-        state: State::of(&rows, check_every, model.device())?,
+        state: State::new(&Newest::of(&rows)?, check_every, model.device())?,
         measure_norms: pass.measure_norms,
         graph: if request.batching.enforce_eager { Replay::Never } else { Replay::Cold },
     };
@@ -59,10 +59,10 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
             engine.keep(kept)?;
         }
         if ended > 0 || kept.is_some() || !begun.is_empty() {
-            let state = State::of(&rows, check_every, model.device())?;
+            let newest = Newest::of(&rows)?;
             match kept {
-                Some(_) => engine.state = state,
-                None => engine.state.assign(&state)?,
+                Some(_) => engine.state = State::new(&newest, check_every, model.device())?,
+                None => engine.state.assign(&newest)?,
             }
         }
     }
@@ -90,9 +90,17 @@ struct State {
     written: Tensor,          // i64 [1]: rows of these two that are there
 }
 
-impl State {
-    fn of(rows: &Rows, check_every: usize, device: Device) -> Result<State> {
-        let (mut ids, mut positions, mut keys, mut longest) = (Vec::new(), Vec::new(), Vec::new(), 0);
+/// The values of a state, from the rows on the host.
+struct Newest {
+    ids: Vec<i64>,
+    positions: Vec<i64>,
+    keys: Vec<i64>,
+    longest: usize,
+}
+
+impl Newest {
+    fn of(rows: &Rows) -> Result<Newest> {
+        let mut newest = Newest { ids: Vec::new(), positions: Vec::new(), keys: Vec::new(), longest: 0 };
         for row in 0..rows.len() {
             let (id, position, key) = match rows.of(row) {
                 Some(active) => {
@@ -102,32 +110,36 @@ impl State {
                 }
                 None => (0, 0, rows.free_key(row)),
             };
-            ids.push(i64::from(id));
-            positions.push(position as i64);
-            keys.push(key as i64);
-            longest = longest.max(position + 1);
+            newest.ids.push(i64::from(id));
+            newest.positions.push(position as i64);
+            newest.keys.push(key as i64);
+            newest.longest = newest.longest.max(position + 1);
         }
+        Ok(newest)
+    }
+}
+
+impl State {
+    fn new(newest: &Newest, check_every: usize, device: Device) -> Result<State> {
         let upload = |values: &[i64]| -> Result<Tensor> { Ok(Tensor::f_from_slice(values)?.f_to_device(device)?) };
-        let shape = [check_every as i64, rows.len() as i64];
+        let shape = [check_every as i64, newest.ids.len() as i64];
         Ok(State {
-            ids: upload(&ids)?,
-            positions: upload(&positions)?,
-            keys: upload(&keys)?,
-            longest,
+            ids: upload(&newest.ids)?,
+            positions: upload(&newest.positions)?,
+            keys: upload(&newest.keys)?,
+            longest: newest.longest,
             sampled_ids: Tensor::f_zeros(shape, (Kind::Int64, device))?,
             sampled_logprobs: Tensor::f_zeros(shape, (Kind::Float, device))?,
             written: Tensor::f_zeros([1], (Kind::Int64, device))?,
         })
     }
 
-    /// Takes the values of a state of as many rows, and leaves the tensors where they are.
-    fn assign(&mut self, other: &State) -> Result<()> {
-        for (own, other) in
-            [(&mut self.ids, &other.ids), (&mut self.positions, &other.positions), (&mut self.keys, &other.keys)]
-        {
-            own.f_copy_(other)?;
-        }
-        self.longest = other.longest;
+    /// Takes the values of as many rows, and leaves the tensors where they are.
+    fn assign(&mut self, newest: &Newest) -> Result<()> {
+        self.ids.f_copy_(&Tensor::f_from_slice(&newest.ids)?)?;
+        self.positions.f_copy_(&Tensor::f_from_slice(&newest.positions)?)?;
+        self.keys.f_copy_(&Tensor::f_from_slice(&newest.keys)?)?;
+        self.longest = newest.longest;
         Ok(())
     }
 }
@@ -198,15 +210,11 @@ impl Engine<'_> {
         let pass = Pass { measure_norms, ..self.pass.with_keys(keys) };
         let places = Places::new(&rows, &prompt_of_row, &lengths, device)?;
         let attend = Attend::Full { packing: &Packing::new(&lengths, device)?, store: Some((&self.cache, &places)) };
-        let index = |values: &[usize]| -> Result<Tensor> {
-            let values: Vec<i64> = values.iter().map(|&v| v as i64).collect();
-            Ok(Tensor::f_from_slice(&values)?.f_to_device(device)?)
-        };
         let positions = Tensor::f_from_slice(&positions)?.f_to_device(device)?;
         let residual = model.residual(&ids_tensor(&ids, device)?, &positions, &attend, &pass)?;
-        let hidden = model.norm.forward(&residual.f_index_select(0, &index(&last)?)?, &head_pass)?;
+        let hidden = model.norm.forward(&residual.f_index_select(0, &rows_tensor(&last, device)?)?, &head_pass)?;
         let logits = model.head.logits(model.head_weight(), &hidden, &head_pass)?;
-        let logits = logits.f_index_select(0, &index(&prompt_of_row)?)?;
+        let logits = logits.f_index_select(0, &rows_tensor(&prompt_of_row, device)?)?;
         let first_keys = Tensor::f_from_slice(&first_keys)?.f_to_device(device)?;
         let (ids, logprobs) = sample(&logits, &first_keys, &self.rule)?;
         tokens(rows, (ids.f_to_device(Device::Cpu)?, logprobs.f_to_device(Device::Cpu)?))
@@ -218,42 +226,40 @@ impl Engine<'_> {
         if self.cache.reserve(self.state.longest)? {
             self.tensors_moved();
         }
-        match self.model.device() {
-            Device::Cuda(index) if !matches!(self.graph, Replay::Never) => self.replay(index)?,
+        // What is or will be a graph has the same launches every time, whatever the lengths.
+        match (&self.graph, self.model.device()) {
+            (Replay::Captured(graph), _) => {
+                graph.replay()?;
+                self.pass.injector.iter().for_each(|injector| injector.count_replay(self.pass.phase));
+            }
+            (Replay::Warm, Device::Cuda(index)) => self.capture(index)?,
+            (Replay::Cold, Device::Cuda(_)) => {
+                self.step(self.cache.capacity())?;
+                self.graph = Replay::Warm;
+            }
             _ => self.step(self.state.longest)?,
         }
         self.state.longest += 1;
         Ok(())
     }
 
-    /// A step whose launches are the same every time, whatever the lengths.
-    fn replay(&mut self, index: usize) -> Result<()> {
+    /// Captures the step and does it; where that fails it is said, and done without.
+    fn capture(&mut self, index: usize) -> Result<()> {
         let capacity = self.cache.capacity();
-        if matches!(self.graph, Replay::Warm) {
-            // A capture counts the step's products, but runs none of them: that does the first replay.
-            match TorchGraph::capture(index, &mut || self.step(capacity)) {
-                Ok(graph) => {
-                    graph.replay()?;
-                    self.graph = Replay::Captured(graph);
-                    return Ok(());
-                }
-                Err(Error::OutOfMemory(message)) => return Err(Error::OutOfMemory(message)),
-                Err(error) => {
-                    (self.request.warn)(&format!("decoding without CUDA graphs: {error}"));
-                    self.graph = Replay::Never;
-                }
+        match TorchGraph::capture(index, &mut || self.step(capacity)) {
+            // The capture has counted the step's products, and run none of them.
+            Ok(graph) => {
+                graph.replay()?;
+                self.graph = Replay::Captured(graph);
+                Ok(())
+            }
+            Err(Error::OutOfMemory(message)) => Err(Error::OutOfMemory(message)),
+            Err(error) => {
+                (self.request.warn)(&format!("decoding without CUDA graphs: {error}"));
+                self.graph = Replay::Never;
+                self.step(self.state.longest)
             }
         }
-        if let Replay::Captured(graph) = &self.graph {
-            graph.replay()?;
-            self.pass.injector.iter().for_each(|injector| injector.count_replay(self.pass.phase));
-            return Ok(());
-        }
-        self.step(capacity)?;
-        if matches!(self.graph, Replay::Cold) {
-            self.graph = Replay::Warm;
-        }
-        Ok(())
     }
 
     fn tensors_moved(&mut self) {
@@ -298,7 +304,6 @@ impl Engine<'_> {
     /// Keeps the rows that are at work.
     fn keep(&mut self, rows: &[usize]) -> Result<()> {
         self.tensors_moved();
-        let rows: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-        self.cache.keep_rows(&Tensor::f_from_slice(&rows)?.f_to_device(self.model.device())?)
+        self.cache.keep_rows(&rows_tensor(rows, self.model.device())?)
     }
 }
