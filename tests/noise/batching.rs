@@ -17,10 +17,10 @@ use temper::ops::packed_attention::Packing;
 use temper::rl::optimizer::AdamW;
 use temper::rl::rollout::Rollout;
 use temper::rl::section::TrainerSection;
-use temper::rl::update::{UpdateSummary, Updater};
+use temper::rl::update::UpdateSummary;
 
 use crate::support::{
-    SEED, bits, floats, largest_difference, model, noise_everywhere, noisy, recipe, sequences, trainable,
+    SEED, bits, floats, largest_difference, model, noise_everywhere, noisy, recipe, sequences, trainable, update,
 };
 
 const GROUP: usize = 3;
@@ -166,7 +166,7 @@ fn an_updates_draws_are_the_same_bits_in_any_micro_batch() {
 }
 
 /// One optimizer update: its summary, the gradients that it used and the weights after it.
-fn update(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tensor>, Vec<Tensor>) {
+fn update_with(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tensor>, Vec<Tensor>) {
     let recipe = recipe(|r| {
         r.noisy_ops = noise_everywhere();
         r.optimizer.lr = 1e-3;
@@ -187,21 +187,7 @@ fn update(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tens
         ..Rollout::default()
     };
     let mut optimizer = AdamW::new(recipe.optimizer.clone()).unwrap();
-    let summary = Updater {
-        model: &mut model,
-        reference: Some(&mut reference),
-        injector: &injector,
-        optimizer: &mut optimizer,
-        recipe: &recipe,
-        update_number: &mut 0,
-        halvings: &mut 0,
-        step: 1,
-        sigma: 0.0,
-        progress: &mut |_| {},
-        warn: &|line| panic!("{line}"),
-    }
-    .run(&rollout)
-    .unwrap();
+    let summary = update(&mut model, Some(&mut reference), &recipe, &injector, &mut optimizer, &mut 0, &rollout);
     assert_eq!(summary.updates, 1);
     let gradients = model.parameters().iter().map(|p| p.gradient().unwrap().copy()).collect();
     let weights = model.parameters().iter().map(|p| p.master().unwrap().copy()).collect();
@@ -210,7 +196,7 @@ fn update(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tens
 
 #[test]
 fn an_update_does_not_depend_on_its_micro_batches() {
-    let (want, gradients, weights) = update(|t| t.microbatch_sequences = 6);
+    let (want, gradients, weights) = update_with(|t| t.microbatch_sequences = 6);
     type Way = Box<dyn FnOnce(&mut TrainerSection)>;
     let ways: [(&str, Way); 7] = [
         ("one by one", Box::new(|t| t.microbatch_sequences = 1)),
@@ -225,7 +211,7 @@ fn an_update_does_not_depend_on_its_micro_batches() {
         ("offloaded reference", Box::new(|t| (t.microbatch_sequences, t.offload_reference) = (6, true))),
     ];
     for (name, way) in ways {
-        let (got, its_gradients, its_weights) = update(way);
+        let (got, its_gradients, its_weights) = update_with(way);
         for (what, a, b) in [
             ("policy", got.loss.policy_loss, want.loss.policy_loss),
             ("kl", got.loss.kl_loss, want.loss.kl_loss),

@@ -8,11 +8,11 @@ use temper::model::qwen2::Qwen2;
 use temper::rl::optimizer::AdamW;
 use temper::rl::rollout::Rollout;
 use temper::rl::section::KlEstimator;
-use temper::rl::update::{UpdateSummary, Updater};
+use temper::rl::update::UpdateSummary;
 
 use crate::mutation::{train, training_rows};
 use crate::support::{
-    SEED, bits, first_step, floats, model, noise_everywhere, questions, recipe, tokenizer, trainable,
+    SEED, bits, first_step, floats, model, noise_everywhere, questions, recipe, tokenizer, trainable, update,
 };
 
 fn weights(model: &Qwen2) -> Vec<Vec<u32>> {
@@ -39,21 +39,8 @@ impl Bench {
 
     fn update(&mut self, experience: &Rollout) -> UpdateSummary {
         let injector = self.recipe.injector(&self.model.config).unwrap();
-        Updater {
-            model: &mut self.model,
-            reference: None,
-            injector: &injector,
-            optimizer: &mut self.optimizer,
-            recipe: &self.recipe,
-            update_number: &mut self.update_number,
-            halvings: &mut 0,
-            step: 1,
-            sigma: 0.0,
-            progress: &mut |_| {},
-            warn: &|line| panic!("{line}"),
-        }
-        .run(experience)
-        .unwrap()
+        let Bench { recipe, model, optimizer, update_number } = self;
+        update(model, None, recipe, &injector, optimizer, update_number, experience)
     }
 
     fn experience(&self) -> Rollout {

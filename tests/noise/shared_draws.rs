@@ -10,10 +10,11 @@ use temper::ops::matmul_error::RowKeys;
 use temper::rl::optimizer::AdamW;
 use temper::rl::recipe::Recipe;
 use temper::rl::rollout::Rollout;
-use temper::rl::update::{UpdateSummary, Updater};
+use temper::rl::update::UpdateSummary;
 
 use crate::support::{
     bits, first_step, floats, largest_difference, model, noise_everywhere, questions, recipe, tokenizer, trainable,
+    update,
 };
 
 fn recipe_with(draw: DrawMode) -> Recipe {
@@ -55,21 +56,7 @@ fn step(recipe: &Recipe) -> (Rollout, UpdateSummary, f32) {
 
     let mut optimizer = AdamW::new(recipe.optimizer.clone()).unwrap();
     let mut update_number = 0;
-    let summary = Updater {
-        model: &mut model,
-        reference: None,
-        injector: &injector,
-        optimizer: &mut optimizer,
-        recipe,
-        update_number: &mut update_number,
-        halvings: &mut 0,
-        step: 1,
-        sigma: 0.0,
-        progress: &mut |_| {},
-        warn: &|line| panic!("{line}"),
-    }
-    .run(&experience)
-    .unwrap();
+    let summary = update(&mut model, None, recipe, &injector, &mut optimizer, &mut update_number, &experience);
     assert_eq!((summary.updates, summary.skipped, update_number), (2, 0, 2));
     (experience, summary, largest_gap)
 }

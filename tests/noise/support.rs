@@ -16,10 +16,12 @@ use temper::model::qwen2::Qwen2;
 use temper::model::tokenizer::Tokenizer;
 use temper::numerics::generator::uniform_u32;
 use temper::rl::microbatch::Halving;
+use temper::rl::optimizer::AdamW;
 use temper::rl::recipe::{PreparedQuestion, Recipe, prepare};
 use temper::rl::reward::scorer::Scorer;
 use temper::rl::rollout::{Rollout, Sampler};
 use temper::rl::trainer::{Launch, Outcome, Workload, train_with};
+use temper::rl::update::{UpdateSummary, Updater};
 use temper::run::console::{Console, Verbosity};
 use temper::run::signals::Interrupt;
 
@@ -60,6 +62,32 @@ pub fn first_step(
         halving: Halving { count: &halvings, warn: &|line| panic!("{line}") },
     };
     sampler.rollout(&all, &[], |_| {}).unwrap()
+}
+
+/// The update of one step, with sigma 0; memory does not run out in it.
+pub fn update(
+    model: &mut Qwen2,
+    reference: Option<&mut Qwen2>,
+    recipe: &Recipe,
+    injector: &Injector,
+    optimizer: &mut AdamW,
+    update_number: &mut u32,
+    experience: &Rollout,
+) -> UpdateSummary {
+    let mut updater = Updater {
+        model,
+        reference,
+        injector,
+        optimizer,
+        recipe,
+        update_number,
+        halvings: &mut 0,
+        step: 1,
+        sigma: 0.0,
+        progress: &mut |_| {},
+        warn: &|line| panic!("{line}"),
+    };
+    updater.run(experience).unwrap()
 }
 
 /// 5 % matmul noise on every linear, the head included.
