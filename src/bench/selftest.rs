@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 pub(super) use small_ops::backward_chain as norm_backward_chain;
 
 use crate::ops::cuda::launch::Executor;
+use crate::ops::cuda::memory::FilledMemory;
 use crate::{Error, Result};
 
 /// How large the checked matrices are.
@@ -64,6 +65,7 @@ impl Check {
 /// None for a difference or a check that could not run: `Check` says so. `Unavailable` without kernels or driver.
 pub fn run(executor: &dyn Executor, sizes: &Sizes, progress: &dyn Fn(&str)) -> Result<Vec<Check>> {
     let _no_grad = tch::no_grad_guard();
+    let _filled = FilledMemory::new();
     let mut checks = Vec::new();
     progress("fake_quant, amax");
     fake_quant::checks(executor, sizes, &mut checks)?;

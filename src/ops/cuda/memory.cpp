@@ -1,5 +1,6 @@
-// Device memory that torch's caching allocator has given out: the most since the last reset, in bytes. -1 where torch has
-// no CUDA or has not used the device.
+// What torch gives out as memory: how much of a device's, and what lies in it.
+
+#include <ATen/Context.h>
 
 #include <cstdint>
 
@@ -7,6 +8,7 @@
 #include <c10/cuda/CUDACachingAllocator.h>
 #endif
 
+// The most since the last reset, in bytes. -1 where torch has no CUDA or has not used the device.
 extern "C" int64_t temper_peak_cuda_bytes(int device) {
 #ifdef TEMPER_TORCH_CUDA
   try {
@@ -31,4 +33,11 @@ extern "C" void temper_reset_peak_cuda_bytes(int device) {
 #else
   (void)device;
 #endif
+}
+
+// On: every new tensor begins as NaN, or the largest integer. torch has this as a part of its deterministic mode, whose
+// complaints about operations of another kind are warnings here.
+extern "C" void temper_fill_new_tensors(bool on) {
+  at::globalContext().setDeterministicFillUninitializedMemory(true);
+  at::globalContext().setDeterministicAlgorithms(on, /*warn_only=*/true);
 }

@@ -1,13 +1,15 @@
-//! The most device memory that torch had given out, since the last reset (memory.cpp).
+//! Torch's memory (memory.cpp): the most that it had given out of a device's, and what new tensors hold.
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::sync::{Mutex, PoisonError};
 
 use tch::Device;
 
 unsafe extern "C" {
     fn temper_peak_cuda_bytes(device: c_int) -> i64;
     fn temper_reset_peak_cuda_bytes(device: c_int);
+    fn temper_fill_new_tensors(on: bool);
 }
 
 /// Bytes; None on a CPU, and on a GPU that torch has not used.
@@ -25,6 +27,38 @@ pub fn reset_peak(device: Device) {
     }
 }
 
+static FILLERS: Mutex<usize> = Mutex::new(0);
+
+/// While one lives, every new tensor of the process begins as NaN (integers: their largest value). Memory that is given out
+/// again holds what lay there: a check that compares a kernel twice would take a launch that wrote nothing for a right one.
+pub struct FilledMemory(());
+
+impl FilledMemory {
+    pub fn new() -> FilledMemory {
+        FilledMemory::count(|fillers| fillers + 1);
+        FilledMemory(())
+    }
+
+    fn count(change: impl Fn(usize) -> usize) {
+        let mut fillers = FILLERS.lock().unwrap_or_else(PoisonError::into_inner);
+        *fillers = change(*fillers);
+        // SAFETY: takes a truth value, sets two flags of torch's.
+        unsafe { temper_fill_new_tensors(*fillers > 0) }
+    }
+}
+
+impl Default for FilledMemory {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for FilledMemory {
+    fn drop(&mut self) {
+        FilledMemory::count(|fillers| fillers.saturating_sub(1));
+    }
+}
+
 /// Waits until the device has done what it was given; nothing to wait for on a CPU.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
@@ -35,6 +69,18 @@ pub fn synchronize(device: Device) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn new_tensors_are_filled_while_asked_for() {
+        let outer = FilledMemory::new();
+        drop(FilledMemory::new());
+        for _ in 0..3 {
+            let mut made = tch::Tensor::empty([1000], (tch::Kind::Half, Device::Cpu));
+            assert_eq!(i64::try_from(made.isnan().sum(tch::Kind::Int64)).unwrap(), 1000);
+            let _ = made.fill_(1.0);
+        }
+        drop(outer);
+    }
 
     #[test]
     fn where_there_is_no_gpu_there_is_no_peak() {
