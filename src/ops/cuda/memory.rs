@@ -76,7 +76,7 @@ mod tests {
         drop(FilledMemory::new());
         for _ in 0..3 {
             let mut made = tch::Tensor::empty([1000], (tch::Kind::Half, Device::Cpu));
-            assert_eq!(i64::try_from(made.isnan().sum(tch::Kind::Int64)).unwrap(), 1000);
+            assert!(bool::try_from(made.isnan().all()).is_ok_and(|all| all));
             let _ = made.fill_(1.0);
         }
         drop(outer);
