@@ -15,7 +15,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 TORCH_PINS="torch==2.11.0 numpy==2.4.6"
 CUDA_PINS="nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-runtime==13.0.96"
 TEST_PINS="transformers==5.23.0 tokenizers==0.23.3 safetensors==0.8.0 ml_dtypes==0.6.0 tensorboard==2.21.0 scipy==1.17.1 statsmodels==0.15.0"
-QUANTIZER_PINS="compressed-tensors==0.20.0 torchao==0.18.0" # they want torch in the same venv
+TORCH_TEST_PINS="compressed-tensors==0.20.0 torchao==0.18.0 peft==0.21.2 accelerate==1.15.0" # they want torch in the same venv
 NEEDS_DISK_GIB=9 # wheels unpacked 5, pip's temporary copies and the build the rest
 
 runtime_only=false test_tools=false
@@ -40,7 +40,7 @@ if [ -z "${LIBTORCH:-}" ]; then pins="$TORCH_PINS"; fi
 $runtime_only || pins="$pins $CUDA_PINS"
 $test_tools && pins="$pins $TEST_PINS"
 # Where LIBTORCH stands for the torch wheel they would pull in another one; their tests then skip, and say so.
-if $test_tools && [ -z "${LIBTORCH:-}" ]; then pins="$pins $QUANTIZER_PINS"; fi
+if $test_tools && [ -z "${LIBTORCH:-}" ]; then pins="$pins $TORCH_TEST_PINS"; fi
 
 # ---- the venv. The stamp lists what is installed; it is written last, so a broken-off install is done again.
 stamp=.venv/.temper-pins

@@ -107,11 +107,11 @@ struct Measured {
 impl<'a> Bench<'a> {
     fn new(recipe: &'a Recipe, options: &StepOptions) -> Result<Bench<'a>> {
         let device = options.device;
-        let (mut model, _) = model_of_section(&recipe.model, recipe.seed, device)?;
-        let with_reference = !options.rollout_only && recipe.algorithm.kl_coef != 0.0;
+        let mut model = model_of_section(&recipe.model, recipe.seed, device)?;
+        let with_reference = !options.rollout_only && recipe.has_reference_model();
         let reference = with_reference.then(|| model_of_section(&recipe.model, recipe.seed, device)).transpose()?;
         if !options.rollout_only {
-            model.parameters_mut().into_iter().try_for_each(|parameter| parameter.make_trainable())?;
+            model.make_trainable()?;
         }
         let limits = Limits {
             prompt: recipe.data.max_prompt_tokens,
@@ -126,7 +126,7 @@ impl<'a> Bench<'a> {
         Ok(Bench {
             recipe,
             device,
-            reference: reference.map(|(model, _)| model),
+            reference,
             arms,
             optimizer: AdamW::new(recipe.optimizer.clone())?,
             update_number: 0,
@@ -293,7 +293,7 @@ fn arms(recipe: &Recipe, model: &Qwen2, prompts: &[Prompt]) -> Result<Vec<Arm>> 
     let calibrated = prompts.iter().take(recipe.fake_quant.calibration_prompts());
     let ids: Vec<&[u32]> = calibrated.map(|prompt| prompt.ids.as_slice()).collect();
     let arm = |(name, recipe): (&'static str, Recipe)| {
-        let mut injector = recipe.injector(&model.config)?;
+        let mut injector = recipe.injector(&model.module_specs())?;
         injector.set_activation_amax(calibration::calibrate(model, injector.plan(), &ids)?);
         Ok(Arm { name, recipe, injector })
     };

@@ -10,6 +10,7 @@ use super::eval_robustness::{self as robustness, Injected, injected};
 use super::{Global, common, results};
 use crate::config::Config;
 use crate::model::load::{kind_of, load_model};
+use crate::model::lora;
 use crate::rl::evaluation::{Answer, Condition, Evaluation};
 use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::check_lengths;
@@ -53,8 +54,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let workload = common::workload(&config, false)?;
     let dir = crate::model::checkpoint::resolve_model_path(&args.model)?;
     // Formats on top of weights that are rounded already would be read as formats.
+    let weights = if lora::is_adapter(&dir) { lora::base_of(&dir)? } else { dir.clone() };
     if args.formats.iter().any(|format| format != "none")
-        && crate::model::config::quantization::PackedLayout::of_dir(&dir)?.is_some()
+        && crate::model::config::quantization::PackedLayout::of_dir(&weights)?.is_some()
     {
         bail_input!("--formats: {}: its weights are packed; expected the model that it was made from", args.model);
     }
@@ -73,7 +75,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let injector_of = |config: &Config| {
         // Quantized weights of another format may lie beside the clean ones.
         model.invalidate();
-        let mut injector = common::recipe(config).injector(&model.config)?;
+        let mut injector = common::recipe(config).injector(&model.module_specs())?;
         common::set_activation_amax(&mut injector, &model, &dir, config, &workload, &console)?;
         Ok::<_, Error>(injector)
     };

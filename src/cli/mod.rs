@@ -14,6 +14,7 @@ pub mod generate;
 pub mod gpu;
 mod inputs;
 pub mod jobs;
+pub mod merge;
 pub mod plan;
 mod plan_memory;
 mod prompt;
@@ -98,6 +99,8 @@ enum Command {
     Score(score::Args),
     /// Quantize a model directory or a .safetensors file
     Quantize(quantize::Args),
+    /// Add an adapter to its base: a model directory
+    Merge(merge::Args),
     /// Where in a model, and how much, formats and hardware errors hurt; multipliers of AQN from it
     Scan(Box<scan::Args>),
     /// Which rule made a packed checkpoint from a model's weights
@@ -181,6 +184,7 @@ fn run(cli: &Cli) -> Result<()> {
         Command::Generate(args) => generate::run(args, &cli.global),
         Command::Score(args) => score::run(args, &cli.global),
         Command::Quantize(args) => quantize::run(args, &cli.global),
+        Command::Merge(args) => merge::run(args, &cli.global),
         Command::Scan(args) => scan::run(args, &cli.global),
         Command::Validate(args) => validate::run(args, &cli.global),
         Command::Plan(args) => plan::run(args, &cli.global),

@@ -16,6 +16,7 @@ use crate::inject::schedule::SigmaSchedule;
 use crate::inject::section::PhaseSet;
 use crate::model::checkpoint::resolve_model_path;
 use crate::model::config::Qwen2Config;
+use crate::model::lora::all_modules;
 use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
@@ -39,7 +40,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let steps = steps_per_epoch(&config, args.steps_per_epoch).map_err(|e| e.at(&place))?;
     let schedule = config.sigma_schedule(steps).map_err(|e| e.at(&place))?;
     let shapes = shapes(&config).map_err(|e| e.at(&place))?;
-    let plan = config.injection_plan(&shapes.modules()).map_err(|e| e.at(&place))?;
+    let plan = config.injection_plan(&all_modules(&shapes, config.model.lora.as_ref())).map_err(|e| e.at(&place))?;
     let memory = Memory::of(&config, &shapes, &plan);
 
     let text = if global.json {
@@ -197,6 +198,7 @@ fn module_table(plan: &InjectionPlan, every_module: bool) -> Table {
             ModuleKind::Embedding => "embedding",
             ModuleKind::Rmsnorm => "rmsnorm",
             ModuleKind::Linear => "linear",
+            ModuleKind::Adapter => "adapter",
         };
         table.add_row([
             name,

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{Global, common};
 use crate::model::checkpoint::resolve_model_path;
 use crate::model::load::{load_for_inference, random_preset};
+use crate::model::lora::home_of;
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::{Result, bail_input, input_error};
@@ -20,6 +21,7 @@ pub fn load(model: &str, needs_tokenizer: bool, global: &Global) -> Result<Loade
     let device = common::device(global, None)?;
     let dir = resolve_model_path(model)?;
     let model = load_for_inference(&dir, device)?;
+    let dir = home_of(&dir, "tokenizer.json")?;
     let has_tokenizer = dir.join("tokenizer.json").exists();
     let tokenizer = match needs_tokenizer || has_tokenizer {
         true => Some(Tokenizer::from_dir(Path::new(&dir))?.with_model_vocab_size(model.config.vocab_size)?),

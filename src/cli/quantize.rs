@@ -100,7 +100,7 @@ pub(super) fn open(input: &Path) -> Result<Checkpoint> {
     Ok(checkpoint)
 }
 
-fn check_output(input: &Path, output: &Path) -> Result<()> {
+pub(super) fn check_output(input: &Path, output: &Path) -> Result<()> {
     let place = output.display();
     let parent = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let parent = parent.canonicalize().map_err(|e| Error::io(parent, e))?;

@@ -33,12 +33,13 @@ const LOCATIONS: [(&str, &[&str]); 2] = [("model", &["path", "tokenizer"]), ("da
 
 /// Keys that came after the first hashes, where they are not null by default: at their default they are left out, so that a
 /// configuration without them keeps its hash.
-const ADDED: [(&str, &str, &str); 5] = [
+const ADDED: [(&str, &str, &str); 6] = [
     ("algorithm", "ratio", "\"token\""),
     ("algorithm", "entropy_coef", "0.0"),
     ("optimizer", "schedule", "\"constant\""),
     ("optimizer", "min_lr_ratio", "0.0"),
     ("reward", "sum", "[]"),
+    ("noisy_ops", "adapters", "false"),
 ];
 
 pub(super) fn short(config: &Config) -> String {

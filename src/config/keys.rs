@@ -10,6 +10,7 @@ use super::source::Merged;
 use super::{Config, later};
 use crate::error::one_line;
 use crate::inject::section::LayerSigmaConfig;
+use crate::model::section::LoraSection;
 use crate::rl::section::{DynamicSampling, Overlong, RewardPart};
 use crate::rl::stop_rules::StopRule;
 use crate::{Result, bail_input, input_error};
@@ -22,7 +23,7 @@ const LISTS: [(&str, &str); 2] = [
     ("reward.sum", "a part such as {kind: numeric, weight: 1.0}"),
 ];
 /// Sections that may be null.
-const OPTIONAL: [&str; 3] = [LAYER_SIGMA_CONFIG, "algorithm.dynamic_sampling", "reward.overlong"];
+const OPTIONAL: [&str; 4] = [LAYER_SIGMA_CONFIG, "algorithm.dynamic_sampling", "reward.overlong", "model.lora"];
 
 /// Checks one source; returns it with numbers that YAML read as text (`5e-7`) as numbers.
 pub(super) fn check(tree: Mapping, label: &str) -> Result<Mapping> {
@@ -44,6 +45,7 @@ fn known() -> Mapping {
         keys_of(LayerSigmaConfig::default()),
         keys_of(DynamicSampling::default()),
         keys_of(Overlong::default()),
+        keys_of(LoraSection::default()),
     ]) {
         if let Some((parent, name)) = path.split_once('.')
             && let Some(Value::Mapping(parent)) = known.get_mut(parent)

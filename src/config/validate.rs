@@ -69,6 +69,7 @@ pub(super) fn check(config: &Config) -> Checked {
             format!("found \"{preset}\", expected one of {}", PRESETS.join(", ")),
         ));
     }
+    lora(config)?;
     data(&config.data)?;
     training::rollout(&config.rollout)?;
     training::algorithm(&config.algorithm)?;
@@ -88,6 +89,31 @@ pub(super) fn check(config: &Config) -> Checked {
     noisy_ops(&config.noisy_ops)?;
     noise_injection(&config.noise_injection, config.trainer.epochs)?;
     fake_quant(&config.fake_quant)
+}
+
+fn lora(config: &Config) -> Checked {
+    let Some(lora) = &config.model.lora else {
+        return match config.noisy_ops.adapters {
+            true => Err(Violation::new("noisy_ops.adapters", "found true without model.lora, expected false")),
+            false => Ok(()),
+        };
+    };
+    in_range("model.lora.rank", lora.rank as u64, 1 << 16)?;
+    real("model.lora.alpha", lora.alpha, lora.alpha > 0.0, "a number above 0")?;
+    let twice = lora.targets.iter().enumerate().find(|(i, target)| lora.targets[..*i].contains(target));
+    if let Some((_, target)) = twice {
+        return Err(Violation::new("model.lora.targets", format!("found {} twice", target.name())));
+    }
+    if lora.targets.is_empty() {
+        return Err(Violation::new("model.lora.targets", "found none, expected at least one such as q_proj"));
+    }
+    if config.trainer.offload_reference {
+        return Err(Violation::new(
+            "trainer.offload_reference",
+            "found true with model.lora, expected false: the base is the reference policy, there is no second model",
+        ));
+    }
+    Ok(())
 }
 
 fn data(data: &DataSection) -> Checked {

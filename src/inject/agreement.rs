@@ -101,8 +101,9 @@ impl Measured {
             out.push("noisy_ops: noise is planned, but no noisy product ran".to_string());
             return;
         }
-        let backward = self.plan.matmul_phases.contains(InjectPhase::Backward);
-        if planned_anywhere && backward && anywhere[InjectPhase::Forward as usize] && !(anywhere[DX] && anywhere[DW]) {
+        let missing =
+            |slot: usize| !anywhere[slot] && self.plan.modules.iter().any(|m| self.matmul_planned(m, slot) > 0.0);
+        if anywhere[InjectPhase::Forward as usize] && (missing(DX) || missing(DW)) {
             out.push("noisy_ops: backward noise is planned, but a backward product ran without it".to_string());
         }
         for (module, sums) in self.plan.modules.iter().zip(&self.modules) {

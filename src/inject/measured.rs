@@ -325,7 +325,12 @@ impl Measured {
     }
 
     pub(super) fn matmul_planned(&self, module: &ModulePlan, slot: usize) -> f64 {
-        if self.plan.matmul_phases.contains(slot_phase(slot)) { module.matmul_error } else { 0.0 }
+        let runs = match module.kind {
+            // The reference policy is the base alone.
+            ModuleKind::Adapter => slot != InjectPhase::RefLogprobs as usize,
+            _ => slot != DW || !self.plan.frozen_base,
+        };
+        if runs && self.plan.matmul_phases.contains(slot_phase(slot)) { module.matmul_error } else { 0.0 }
     }
 
     pub(super) fn activation_planned(&self, module: &ModulePlan, phase: usize) -> Option<Format> {

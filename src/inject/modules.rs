@@ -11,6 +11,8 @@ pub enum ModuleKind {
     Embedding,
     Rmsnorm,
     Linear,
+    /// One of LoRA's two matrices beside a linear.
+    Adapter,
 }
 
 /// A module of a model; its position in the model's list is the module index of the noise keys.
@@ -20,7 +22,7 @@ pub struct ModuleSpec {
     pub kind: ModuleKind,
     /// Decoder layer; None for the embedding, the final norm and the head.
     pub layer: Option<usize>,
-    /// Linear: columns of the weight. Rmsnorm: its width. Embedding: vocabulary.
+    /// Linear, adapter: columns of the weight. Rmsnorm: its width. Embedding: vocabulary.
     pub in_features: usize,
     pub out_features: usize,
 }
@@ -64,4 +66,24 @@ pub fn qwen2_modules(
     modules.push(spec("model.norm".to_string(), Rmsnorm, None, hidden, hidden));
     modules.push(spec("lm_head".to_string(), Linear, None, hidden, vocab));
     modules
+}
+
+/// The modules of LoRA, in the order in which they follow the model's own: for every linear of a layer that `targets` name,
+/// A [rank, in] and B [out, rank].
+pub fn adapter_modules(base: &[ModuleSpec], targets: &[&str], rank: usize) -> Vec<ModuleSpec> {
+    let is_target = |spec: &&ModuleSpec| {
+        let last = spec.name.rsplit('.').next().unwrap_or_default();
+        spec.kind == ModuleKind::Linear && spec.layer.is_some() && targets.contains(&last)
+    };
+    let pair = |spec: &ModuleSpec| {
+        let of = |suffix: &str, in_features, out_features| ModuleSpec {
+            name: format!("{}.{suffix}", spec.name),
+            kind: ModuleKind::Adapter,
+            layer: spec.layer,
+            in_features,
+            out_features,
+        };
+        [of("lora_A", spec.in_features, rank), of("lora_B", rank, spec.out_features)]
+    };
+    base.iter().filter(is_target).flat_map(pair).collect()
 }

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use serde::Serialize;
 
-pub use super::modules::{FUSED_PROJECTIONS, ModuleKind, ModuleSpec, qwen2_modules};
+pub use super::modules::{FUSED_PROJECTIONS, ModuleKind, ModuleSpec, adapter_modules, qwen2_modules};
 use super::multipliers;
 use super::schedule;
 use super::section::{
@@ -49,6 +49,8 @@ pub struct InjectionPlan {
     pub dw_draw: DwDraw,
     pub aqn_apply_to: ApplyTo,
     pub aqn_enabled: bool,
+    /// There are adapters: the model's own weights have no gradient.
+    pub frozen_base: bool,
     pub activation_scale: ActivationScale,
     /// Fused siblings share one tensor amax.
     pub share_tensor_scale: bool,
@@ -95,11 +97,12 @@ impl InjectionPlan {
                 let noised = match spec.kind {
                     ModuleKind::Rmsnorm => aqn.layer_types.contains(&LayerType::Rmsnorm),
                     ModuleKind::Linear => aqn.layer_types.contains(&LayerType::Linear),
-                    ModuleKind::Embedding => false,
+                    ModuleKind::Embedding | ModuleKind::Adapter => false,
                 };
                 let noised = aqn.enabled && noised && aqn_filter.selects(spec);
+                let computes = linear || noise.adapters && spec.kind == ModuleKind::Adapter;
                 let erroneous =
-                    noise.enabled && linear && noise.layers.contains(spec.layer) && noise_filter.selects(spec);
+                    noise.enabled && computes && noise.layers.contains(spec.layer) && noise_filter.selects(spec);
                 let quantized =
                     quant.enabled && linear && quant_filter.selects(spec) && !excluded_layer(quant, spec.layer);
                 ModulePlan {
@@ -137,6 +140,7 @@ impl InjectionPlan {
             dw_draw: noise.dw_draw,
             aqn_apply_to: aqn.apply_to,
             aqn_enabled: aqn.enabled,
+            frozen_base: specs.iter().any(|spec| spec.kind == ModuleKind::Adapter),
             activation_scale: quant.activation_scale.unwrap_or(ActivationScale::Token),
             share_tensor_scale: quant.share_tensor_scale,
             notices: notices(aqn, noise, quant).into_iter().chain(unmatched).collect(),

@@ -150,6 +150,8 @@ pub struct NoisyOpsSection {
     /// Only modules whose name matches one of these; null = every linear.
     pub target_modules: Option<Vec<String>>,
     pub exclude_modules: Vec<String>,
+    /// Whether the products of LoRA's adapters carry the error too; those of their base do either way.
+    pub adapters: bool,
     pub draw: DrawMode,
     pub dw_draw: DwDraw,
 }
@@ -164,6 +166,7 @@ impl Default for NoisyOpsSection {
             layers: LayerSet::All,
             target_modules: None,
             exclude_modules: default_exclusions(),
+            adapters: false,
             draw: DrawMode::Independent,
             dw_draw: DwDraw::PerUpdate,
         }

@@ -24,6 +24,7 @@ use safetensors::tensor::{Metadata, SafeTensors};
 use serde_json::Value;
 
 use super::config::{Qwen2Config, read_json};
+use super::lora::ADAPTER_CONFIG;
 use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
@@ -32,7 +33,8 @@ use packed::PackedWeights;
 pub use resolve::resolve_model_path;
 pub use write::{
     MAX_SHARD_BYTES, TensorBytes, TensorSink, TensorSpec, atomic_directory, atomic_file, copy_tokenizer_files,
-    write_model_dir, write_quantization_config, write_safetensors, write_safetensors_with, write_weights,
+    write_json, write_model_config, write_model_dir, write_quantization_config, write_safetensors,
+    write_safetensors_with, write_weights,
 };
 
 const SINGLE: &str = "model.safetensors";
@@ -84,6 +86,12 @@ impl Checkpoint {
             Checkpoint::of_files(&[single])?
         } else if index.exists() {
             Checkpoint::of_index(path, &index)?
+        } else if path.join(ADAPTER_CONFIG).exists() {
+            bail_input!(
+                "{}: found an adapter ({ADAPTER_CONFIG}), expected a model; make one with: temper merge {} DIR",
+                path.display(),
+                path.display()
+            )
         } else {
             bail_input!("{}: found no weights, expected {SINGLE} or {INDEX}", path.display())
         };
@@ -175,7 +183,7 @@ impl Checkpoint {
     }
 
     /// The first file: a place for messages about the whole.
-    fn path(&self) -> &Path {
+    pub(super) fn path(&self) -> &Path {
         self.files.first().map_or(Path::new(SINGLE), |file| &file.path)
     }
 

@@ -12,8 +12,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use keys::Keys;
-pub(crate) use keys::read_json;
+pub(crate) use keys::{Keys, read_json};
 use quantization::PackedLayout;
 
 use crate::inject::plan::{ModuleSpec, qwen2_modules};

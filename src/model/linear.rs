@@ -6,9 +6,11 @@ use std::rc::Rc;
 use tch::{Kind, Tensor};
 
 use super::linear_input::LinearInput;
+use super::lora::Adapter;
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::Result;
+use crate::numerics::noise_key::Phase;
 use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::PackedWeight;
 use crate::ops::noisy_linear::{self, NoisyLinearCall, noisy_linear};
@@ -112,11 +114,17 @@ pub struct Linear {
     pub site: Site,
     pub weight: Parameter,       // [out, in]
     pub bias: Option<Parameter>, // [out] f32
+    pub adapter: Option<Box<Adapter>>,
 }
 
 impl Linear {
     pub fn new(index: u32, weight: Parameter, bias: Option<Parameter>) -> Linear {
-        Linear { site: Site::new(index), weight, bias }
+        Linear { site: Site::new(index), weight, bias, adapter: None }
+    }
+
+    /// Whether it is a linear of this name, such as `q_proj`, in some layer.
+    pub fn is(&self, name: &str) -> bool {
+        self.weight.name.strip_suffix(".weight").is_some_and(|module| module.rsplit('.').next() == Some(name))
     }
 
     /// x [tokens, in] -> [tokens, out].
@@ -126,6 +134,14 @@ impl Linear {
 
     /// As [`Linear::forward`], where several linears read one input.
     pub fn forward_shared(&self, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
+        let y = self.product(input, pass)?;
+        match &self.adapter {
+            Some(adapter) if pass.phase != Phase::RefLogprobs => Ok(y.f_add(&adapter.forward(input, pass)?)?),
+            _ => Ok(y),
+        }
+    }
+
+    fn product(&self, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
         let x = input.read(self.site.index, pass)?;
         let weight = self.site.weight(&self.weight, pass);
         let bias = self.bias.as_ref().map(Parameter::leaf);

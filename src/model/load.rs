@@ -1,11 +1,12 @@
 //! A model from a directory or from a seed, and back to a directory that transformers loads.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
 use super::checkpoint::{Checkpoint, StoredDtype, TensorSpec, TensorView, resolve_model_path, write_model_dir};
 use super::config::Qwen2Config;
+use super::lora::{self, Lora};
 use super::qwen2::Qwen2;
 use super::section::{Dtype, ModelSection};
 use crate::numerics::noise_key::{Phase, Purpose, row_key, stream};
@@ -19,8 +20,14 @@ pub fn kind_of(dtype: Dtype) -> Kind {
     }
 }
 
-/// Loads a model directory; packed weights are dequantized. `kind` None: the dtype that config.json names.
+/// Loads a model directory, or an adapter's with its base; packed weights are dequantized. `kind` None: the dtype that
+/// config.json names.
 pub fn load_model(dir: &Path, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
+    if lora::is_adapter(dir) {
+        let mut model = load_model(&lora::base_of(dir)?, device, kind)?;
+        lora::load(&mut model, dir)?;
+        return Ok(model);
+    }
     let config = Qwen2Config::from_dir(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     checkpoint.check(&config)?;
@@ -68,28 +75,49 @@ pub fn random_preset(name: &str, seed: u64, device: Device) -> Result<Qwen2> {
     random_model(Qwen2Config::preset(name)?, seed, INITIALIZER_RANGE, device, Kind::Float)
 }
 
-/// The model that a `model:` section names, and the directory it came from (None: random weights of a preset).
-pub fn model_of_section(section: &ModelSection, seed: u64, device: Device) -> Result<(Qwen2, Option<PathBuf>)> {
+/// The model that a `model:` section names, as training begins with it: with new adapters where it asks for them.
+pub fn model_of_section(section: &ModelSection, seed: u64, device: Device) -> Result<Qwen2> {
     let kind = kind_of(section.dtype);
-    match (&section.path, &section.preset) {
+    let (mut model, base) = match (&section.path, &section.preset) {
         (Some(path), _) => {
             let dir = resolve_model_path(path)?;
-            Ok((load_model(&dir, device, Some(kind))?, Some(dir)))
+            if lora::is_adapter(&dir) {
+                bail_input!(
+                    "model.path: {path}: found an adapter, expected a model; make one with: temper merge {path} DIR"
+                );
+            }
+            (load_model(&dir, device, Some(kind))?, base_name(path)?)
         }
         (None, Some(preset)) => {
             let mut config = Qwen2Config::preset(preset)?;
             config.dtype = section.dtype;
-            Ok((random_model(config, seed, INITIALIZER_RANGE, device, kind)?, None))
+            (random_model(config, seed, INITIALIZER_RANGE, device, kind)?, String::new())
         }
         (None, None) => bail_input!("model: expected path (a model directory) or preset (known shapes)"),
+    };
+    if let Some(section) = &section.lora {
+        lora::attach_new(&mut model, Lora { section: section.clone(), base }, seed)?;
+    }
+    Ok(model)
+}
+
+/// How an adapter names its base: a directory by its absolute path, a hub id as it is.
+fn base_name(path: &str) -> Result<String> {
+    match Path::new(path).exists() {
+        true => Ok(std::fs::canonicalize(path).map_err(|e| Error::io(path, e))?.to_string_lossy().into_owned()),
+        false => Ok(path.to_string()),
     }
 }
 
-/// Writes config.json, generation_config.json, the weights in `dtype`, and the tokenizer files of `tokenizer_dir`.
+/// Writes config.json, generation_config.json, the weights in `dtype`, and the tokenizer files of `tokenizer_dir`; of a model
+/// with adapters nothing but those (`lora::save`).
 pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir: &Path) -> Result<()> {
+    if model.lora.is_some() {
+        return lora::save(model, dtype, tokenizer_dir, dir);
+    }
     let mut config = model.config.clone();
     config.dtype = dtype;
-    let parameters = model.parameters();
+    let parameters = model.base_parameters();
     let stored = stored_dtype(dtype);
     let specs: Vec<TensorSpec> = parameters
         .iter()

@@ -12,6 +12,7 @@ pub mod linear;
 pub mod linear_input;
 pub mod load;
 pub mod logprobs;
+pub mod lora;
 pub mod norm;
 pub mod parameter;
 pub mod pass;

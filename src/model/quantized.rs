@@ -24,11 +24,10 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
     let mut batches: Vec<Batch> = Vec::new();
     // A frozen model is the reference policy, or one that is only evaluated: no step describes it. Nor does one describe
     // weights that only validation quantizes.
-    let mut described = trains;
+    let described = trains && model.parameters().iter().any(|parameter| parameter.master().is_some());
     for (index, module) in &modules {
         let Module::Linear(site, weight) = module else { continue };
         let Some(format) = injector.module(*index).weight_format.filter(|_| !site.is_quantized()) else { continue };
-        described &= weight.master().is_some();
         let x = weight.value();
         let draw = injector.weight_rounding(*index, model.update_number(), x.size()[0] as usize)?;
         let siblings = injector.plan().tensor_scale_siblings(*index);

@@ -8,11 +8,13 @@ use super::attention::{Attend, Attention, Rotary};
 use super::config::Qwen2Config;
 use super::linear::{Head, Linear, Site};
 use super::linear_input::LinearInput;
+use super::lora::{self, Lora};
 use super::norm::RmsNorm;
 use super::parameter::{Parameter, Role};
 use super::pass::Pass;
 use super::quantized::quantize_weights;
 use crate::Result;
+use crate::inject::plan::ModuleSpec;
 use crate::ops::autograd::exact_products;
 use crate::ops::embedding::embedding;
 use crate::ops::swiglu::swiglu;
@@ -46,6 +48,8 @@ pub struct Qwen2 {
     pub norm: RmsNorm,
     pub lm_head: Option<Parameter>, // [vocab, hidden]; None: tied to embed_tokens
     pub head: Head,
+    /// Set where linears have adapters.
+    pub lora: Option<Lora>,
     device: Device,
     kind: Kind,
     update_number: u32,
@@ -115,7 +119,7 @@ impl Qwen2 {
         let norm = RmsNorm::new(next(), take("model.norm.weight".into())?, eps);
         let head = Head::new(next());
         let lm_head = (!config.tie_word_embeddings).then(|| take("lm_head.weight".into())).transpose()?;
-        Ok(Qwen2 { config, embed_tokens, blocks, norm, lm_head, head, device, kind, update_number: 0 })
+        Ok(Qwen2 { config, embed_tokens, blocks, norm, lm_head, head, lora: None, device, kind, update_number: 0 })
     }
 
     pub fn device(&self) -> Device {
@@ -163,7 +167,9 @@ impl Qwen2 {
 
     /// What the first block reads: [tokens, hidden].
     pub fn embedded(&self, ids: &Tensor, pass: &Pass) -> Result<Tensor> {
-        embedding(ids, self.embed_tokens.value(), self.embed_tokens.anchor(), pass.differentiable)
+        let x = embedding(ids, self.embed_tokens.value(), self.embed_tokens.anchor(), pass.differentiable)?;
+        // Under a frozen embedding every block has a gradient to go back with all the same, as the plan counts them.
+        Ok(if pass.differentiable && !x.requires_grad() { x.f_set_requires_grad(true)? } else { x })
     }
 
     /// The residual stream x [tokens, hidden] after block `layer`.
@@ -175,8 +181,8 @@ impl Qwen2 {
         Ok(x.f_add(&block.mlp.forward(&normed, pass)?)?)
     }
 
-    /// Every parameter once, in the order of the module list.
-    pub fn parameters(&self) -> Vec<&Parameter> {
+    /// Every parameter that the model itself has, once, in the order of the module list.
+    pub fn base_parameters(&self) -> Vec<&Parameter> {
         let mut all = vec![&self.embed_tokens];
         for block in &self.blocks {
             all.push(&block.input_layernorm.weight);
@@ -193,20 +199,53 @@ impl Qwen2 {
         all
     }
 
-    /// As [`Qwen2::parameters`], writable. Call [`Qwen2::invalidate`] after changing values.
+    /// A and B of every adapter, in the order of the module list.
+    pub fn adapters(&self) -> impl Iterator<Item = &Parameter> {
+        self.adapter_linears().map(|linear| &linear.weight)
+    }
+
+    fn adapter_linears(&self) -> impl Iterator<Item = &Linear> {
+        let linears = self.blocks.iter().flat_map(Block::linears);
+        linears.filter_map(|linear| linear.adapter.as_deref()).flat_map(|adapter| [&adapter.a, &adapter.b])
+    }
+
+    /// Those of the model and of its adapters.
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        self.base_parameters().into_iter().chain(self.adapters()).collect()
+    }
+
+    /// Makes all parameters trainable, or where there are adapters those alone.
+    pub fn make_trainable(&mut self) -> Result<()> {
+        if self.lora.is_none() {
+            return self.parameters_mut().into_iter().try_for_each(Parameter::make_trainable);
+        }
+        let adapters = self.linears_mut().filter_map(|linear| linear.adapter.as_deref_mut());
+        let matrices = adapters.flat_map(|adapter| [&mut adapter.a.weight, &mut adapter.b.weight]);
+        matrices.into_iter().try_for_each(Parameter::make_trainable)
+    }
+
+    /// The modules that the plan counts: the model's, then its adapters'.
+    pub fn module_specs(&self) -> Vec<ModuleSpec> {
+        lora::all_modules(&self.config, self.lora.as_ref().map(|lora| &lora.section))
+    }
+
+    /// The linears of all blocks in the order of the module list.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
+        self.blocks.iter_mut().flat_map(|block| linears_of(&mut block.attention, &mut block.mlp))
+    }
+
+    /// As [`Qwen2::parameters`], writable, in another order. Call [`Qwen2::invalidate`] after changing values.
     pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
         let mut all = vec![&mut self.embed_tokens];
         for block in &mut self.blocks {
-            all.push(&mut block.input_layernorm.weight);
-            let Attention { q_proj, k_proj, v_proj, o_proj } = &mut block.attention;
-            for linear in [q_proj, k_proj, v_proj, o_proj] {
+            let Block { input_layernorm, attention, post_attention_layernorm, mlp } = block;
+            all.extend([&mut input_layernorm.weight, &mut post_attention_layernorm.weight]);
+            for linear in linears_of(attention, mlp) {
                 all.push(&mut linear.weight);
                 all.extend(&mut linear.bias);
-            }
-            all.push(&mut block.post_attention_layernorm.weight);
-            let Mlp { gate_proj, up_proj, down_proj } = &mut block.mlp;
-            for linear in [gate_proj, up_proj, down_proj] {
-                all.push(&mut linear.weight);
+                if let Some(adapter) = linear.adapter.as_deref_mut() {
+                    all.extend([&mut adapter.a.weight, &mut adapter.b.weight]);
+                }
             }
         }
         all.push(&mut self.norm.weight);
@@ -229,10 +268,11 @@ impl Qwen2 {
         }
         all.push((self.norm.index, Module::Norm(&self.norm)));
         all.push((self.head.site.index, Module::Linear(&self.head.site, self.head_weight())));
+        all.extend(self.adapter_linears().map(|l| (l.site.index, Module::Linear(&l.site, &l.weight))));
         all
     }
 
-    /// Optimizer updates that the weights have seen: part of the key of their stochastic rounding. 0 where frozen.
+    /// Optimizer updates that the quantized weights have seen: part of the key of their stochastic rounding. 0 where frozen.
     pub fn update_number(&self) -> u32 {
         self.update_number
     }
@@ -240,11 +280,13 @@ impl Qwen2 {
     /// Counts an update. The quantized copies are dropped even if the weights stayed as they were (a skipped update):
     /// what they are may depend on the number alone, or a resumed run would differ.
     pub fn set_update_number(&mut self, updates: u32) {
-        self.update_number = updates;
-        self.invalidate();
+        if self.lora.is_none() {
+            self.update_number = updates;
+            self.invalidate();
+        }
     }
 
-    /// Drops everything derived from the weights (quantized copies).
+    /// Drops everything derived from the model's own weights (quantized copies).
     pub fn invalidate(&self) {
         for (_, module) in self.modules() {
             if let Module::Linear(site, _) = module {
@@ -260,4 +302,11 @@ impl Block {
         let (a, m) = (&self.attention, &self.mlp);
         [&a.q_proj, &a.k_proj, &a.v_proj, &a.o_proj, &m.gate_proj, &m.up_proj, &m.down_proj]
     }
+}
+
+/// In the order of the module list.
+fn linears_of<'a>(attention: &'a mut Attention, mlp: &'a mut Mlp) -> [&'a mut Linear; 7] {
+    let Attention { q_proj, k_proj, v_proj, o_proj } = attention;
+    let Mlp { gate_proj, up_proj, down_proj } = mlp;
+    [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]
 }

@@ -208,14 +208,14 @@ impl Backward for NoisyLinearBackward {
         if self.has_bias {
             result.push(None);
         }
-        let (Some(dy), [x, weight]) = (&grads[0], saved) else {
+        let (Some(dy), Some(weight)) = (&grads[0], saved.first()) else {
             return Ok(result);
         };
-        let dy = dy.f_contiguous()?.f_to_kind(x.kind())?;
+        let dy = dy.f_contiguous()?.f_to_kind(weight.kind())?;
         if needs[0] {
             result[0] = Some(backward_dx(&dy, weight, &self.call)?);
         }
-        if let Some(gradient) = &self.gradient {
+        if let (Some(gradient), Some(x)) = (&self.gradient, saved.get(1)) {
             accumulate_dw(&dy, x, &self.call, &mut gradient.shallow_clone())?;
         }
         if self.has_bias && needs[2] {
@@ -245,7 +245,9 @@ pub fn noisy_linear(
         gradient: anchor.map(|(_, gradient)| gradient.shallow_clone()),
         has_bias: bias.is_some(),
     };
-    let weight = weight.detach();
-    let outputs = attach(&inputs, &[&x.detach(), &weight], &[&out], operation)?;
+    // A frozen weight has no dW, which alone reads x.
+    let (weight, x) = (weight.detach(), x.detach());
+    let saved: &[&Tensor] = if operation.gradient.is_some() { &[&weight, &x] } else { &[&weight] };
+    let outputs = attach(&inputs, saved, &[&out], operation)?;
     Ok(outputs.into_iter().next().unwrap_or(out))
 }

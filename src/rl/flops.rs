@@ -1,9 +1,10 @@
 //! How many floating-point operations a step is: arithmetic on shapes and token counts (a multiply-add counts as two).
 //!
-//! With B elements in the linears of all blocks, q = heads head_dim, L layers, V vocabulary, h hidden:
+//! With B elements in the linears of all blocks, a in adapters beside them, q = heads head_dim, L layers, V vocabulary, h
+//! hidden:
 //!
 //! ```text
-//! forward  2 B tokens + 4 q L pairs + 2 V h rows
+//! forward  2 (B + a) tokens + 4 q L pairs + 2 V h rows
 //! ```
 //!
 //! `pairs`: a query and a key that it may see, n (n + 1) / 2 for a sequence of n tokens (scores and their sum over values are
@@ -12,8 +13,8 @@
 //!
 //! ```text
 //! rollout   every prompt once for its group; then every response token but the last, which is sampled and not read
-//! logprobs  every sequence without its last token, rows = response tokens; once more for the reference policy
-//! update    three times its forward: backward is two products for each
+//! logprobs  every sequence without its last token, rows = response tokens; once more for the reference policy, without a
+//! update    three times its forward: backward is two products for each; of a frozen weight (all but a) one
 //! recomputed  what the update computes again: the head's logits, and with gradient checkpointing all blocks
 //! ```
 //!
@@ -43,11 +44,15 @@ pub struct StepWork {
 pub struct Passes {
     pub reference: bool,
     pub gradient_checkpointing: bool,
+    /// Elements of adapters beside a frozen model; None: the model itself is trained.
+    pub adapter_elements: Option<u64>,
 }
 
 /// The work of a step whose sequences are `lengths`: (prompt tokens, response tokens), group members together.
 pub fn step_work(shapes: &Qwen2Config, lengths: &[(usize, usize)], group_size: usize, passes: Passes) -> StepWork {
-    let per = PerUnit::of(shapes);
+    let base = PerUnit::of(shapes);
+    let adapters = 2.0 * passes.adapter_elements.unwrap_or(0) as f64;
+    let per = PerUnit { token: base.token + adapters, ..base };
     let mut work = StepWork::default();
     let mut forward = Counts::default();
     for (s, &(prompt, response)) in lengths.iter().enumerate() {
@@ -64,8 +69,9 @@ pub fn step_work(shapes: &Qwen2Config, lengths: &[(usize, usize)], group_size: u
         forward.add(Counts { tokens: read, pairs: triangle(read), rows: response });
     }
     work.update.tokens = work.logprobs.tokens;
-    work.logprobs.flops = per.flops(forward) * if passes.reference { 2.0 } else { 1.0 };
-    work.update.flops = 3.0 * per.flops(forward);
+    work.logprobs.flops = per.flops(forward) + if passes.reference { base.flops(forward) } else { 0.0 };
+    let of_weights = base.token * forward.tokens + base.row * forward.rows;
+    work.update.flops = 3.0 * per.flops(forward) - if passes.adapter_elements.is_some() { of_weights } else { 0.0 };
     let blocks = if passes.gradient_checkpointing { per.flops(Counts { rows: 0.0, ..forward }) } else { 0.0 };
     work.recomputed_flops = blocks + per.row * forward.rows;
     work
@@ -92,6 +98,7 @@ impl Counts {
 }
 
 /// Operations of a forward pass by unit.
+#[derive(Clone, Copy)]
 struct PerUnit {
     token: f64,
     pair: f64,
@@ -140,7 +147,7 @@ mod tests {
     /// logits 2 x 10 x 4 = 80. Two members of one group: a prompt of 3, responses of 2 and 4 tokens.
     #[test]
     fn a_group_is_counted_by_hand() {
-        let passes = Passes { reference: true, gradient_checkpointing: true };
+        let passes = Passes { reference: true, gradient_checkpointing: true, adapter_elements: None };
         let work = step_work(&shapes(), &[(3, 2), (3, 4)], 2, passes);
         let prefill = 576 * 3 + 32 * 6 + 80;
         // The second token of the first (it sees 4 positions), tokens 2 to 4 of the other (4, 5, 6).
@@ -155,7 +162,7 @@ mod tests {
 
     #[test]
     fn passes_that_are_not_made_count_nothing() {
-        let passes = Passes { reference: false, gradient_checkpointing: false };
+        let passes = Passes { reference: false, gradient_checkpointing: false, adapter_elements: None };
         let work = step_work(&shapes(), &[(3, 2)], 1, passes);
         assert_eq!(3.0 * work.logprobs.flops, work.update.flops);
         assert_eq!(work.recomputed_flops, 160.0, "the head alone");
@@ -163,12 +170,22 @@ mod tests {
         assert_eq!(two_prompts.rollout.flops, 2.0 * work.rollout.flops);
     }
 
+    /// The group above with 10 elements in adapters.
+    #[test]
+    fn a_frozen_weight_has_one_product_on_the_way_back() {
+        let passes = Passes { reference: true, gradient_checkpointing: false, adapter_elements: Some(10) };
+        let work = step_work(&shapes(), &[(3, 2), (3, 4)], 2, passes);
+        let (linears, attention, logits, adapters) = (5760.0, 32.0 * 31.0, 480.0, 200.0);
+        assert_eq!(work.logprobs.flops, 2.0 * (linears + attention + logits) + adapters);
+        assert_eq!(work.update.flops, 2.0 * (linears + logits) + 3.0 * (attention + adapters));
+    }
+
     /// Issue 8's own count for Qwen2.5-1.5B: about 4.6 PFLOP for 225 k tokens with recomputation, log-probs of both policies
     /// and decoding.
     #[test]
     fn the_recipe_at_1_5b_is_the_known_size() {
         let shapes = Qwen2Config::preset("qwen2.5-1.5b").unwrap_or_else(|e| panic!("{e}"));
-        let passes = Passes { reference: true, gradient_checkpointing: true };
+        let passes = Passes { reference: true, gradient_checkpointing: true, adapter_elements: None };
         let work = step_work(&shapes, &[(102, 250); 640], 5, passes);
         let all = work.rollout.flops + work.logprobs.flops + work.update.flops + work.recomputed_flops;
         assert!((4.2e15..5.0e15).contains(&all), "{all:e}");

@@ -16,6 +16,9 @@
 //! kv_cache        e 2 layers rows capacity kv_heads head_dim
 //! ```
 //!
+//! With a elements in adapters beside frozen weights, a stands in place of M + v in masters, gradients and moments, the frozen
+//! weights take e M + 4 v, the head has no gradient, and the policy's own base is the reference.
+//!
 //! Peaks within a phase (activations, chunks of logits, optimizer chunks) are added to what stands. What is not
 //! counted: the CUDA context, workspaces of libraries, fragments of the allocator (`cards::usable_bytes` leaves room
 //! for them), and on a CPU the f32 copies that products of bf16 operands need.
@@ -30,8 +33,8 @@ use crate::inject::plan::{InjectionPlan, ModuleKind};
 use crate::inject::section::{ApplyTo, InjectPhase};
 use crate::model::config::Qwen2Config;
 use crate::model::generate::PREFILL_TOKENS;
-use crate::model::kv_cache;
-use crate::model::section::Dtype;
+use crate::model::section::{Dtype, LoraSection};
+use crate::model::{kv_cache, lora};
 use activations::Pass;
 
 /// Elements that the optimizer works on at a time (optimizer.rs).
@@ -46,6 +49,9 @@ pub struct Demand<'a> {
     pub plan: &'a InjectionPlan,
     pub dtype: Dtype,
     pub on_gpu: bool,
+    /// Adapters beside frozen weights.
+    pub lora: Option<&'a LoraSection>,
+    /// A second model.
     pub has_reference: bool,
     /// The reference policy is on the device only while its log-probs are computed.
     pub offload_reference: bool,
@@ -92,7 +98,7 @@ pub struct MemoryEstimate {
 
 impl<'a> Demand<'a> {
     /// The recipe's, with every sequence as long as it may become. `on_gpu` decides what `null` means.
-    pub fn of(recipe: &Recipe, shapes: &'a Qwen2Config, plan: &'a InjectionPlan, on_gpu: bool) -> Demand<'a> {
+    pub fn of(recipe: &'a Recipe, shapes: &'a Qwen2Config, plan: &'a InjectionPlan, on_gpu: bool) -> Demand<'a> {
         let (data, trainer) = (&recipe.data, &recipe.trainer);
         let longest = (data.max_prompt_tokens + data.max_response_tokens) as u64;
         let group = recipe.rollout.group_size;
@@ -102,7 +108,8 @@ impl<'a> Demand<'a> {
             plan,
             dtype: recipe.model.dtype,
             on_gpu,
-            has_reference: recipe.algorithm.kl_coef != 0.0,
+            lora: recipe.model.lora.as_ref(),
+            has_reference: recipe.has_reference_model(),
             offload_reference: trainer.offload_reference && on_gpu,
             gradient_checkpointing: trainer.gradient_checkpointing.unwrap_or(on_gpu),
             sequences: (data.prompts_per_step * group) as u64,
@@ -194,7 +201,8 @@ impl<'a> Demand<'a> {
     }
 
     fn optimizer(&self) -> PhaseMemory {
-        let largest = self.matrices().map(|(_, n)| n).max().unwrap_or(0);
+        let trained = self.trained_matrices();
+        let largest = trained.into_iter().max().unwrap_or(0);
         // Scaled gradient, its square, denominator and numerator of a chunk.
         let chunks = 4 * 4 * OPTIMIZER_CHUNK.min(largest);
         let mut parts = self.standing(!self.offload_reference);
@@ -210,19 +218,27 @@ impl<'a> Demand<'a> {
     /// What is there in every phase, from the second step on.
     fn standing(&self, reference: bool) -> Vec<Part> {
         let (m, v) = self.elements();
-        let weights = if self.dtype == Dtype::F32 { 0 } else { self.element_bytes() * m };
         let frozen = self.element_bytes() * m + 4 * v + self.reference_quantized();
+        let rounded = |trained: u64| if self.dtype == Dtype::F32 { 0 } else { self.element_bytes() * trained };
+        let (weights, trained) = match self.lora {
+            None => (rounded(m), m + v),
+            Some(lora) => {
+                let adapters = lora::elements(self.shapes, lora);
+                (self.element_bytes() * m + 4 * v + rounded(adapters), adapters)
+            }
+        };
         vec![
             Part { name: "weights", bytes: weights },
-            Part { name: "master_weights", bytes: 4 * (m + v) },
-            Part { name: "gradients", bytes: 4 * (m + v) },
-            Part { name: "moments", bytes: 8 * (m + v) },
+            Part { name: "master_weights", bytes: 4 * trained },
+            Part { name: "gradients", bytes: 4 * trained },
+            Part { name: "moments", bytes: 8 * trained },
             Part { name: "reference", bytes: if self.has_reference && reference { frozen } else { 0 } },
         ]
     }
 
     fn pass(&self) -> Pass<'_> {
-        Pass { shapes: self.shapes, element_bytes: self.element_bytes() }
+        let adapter_columns = self.lora.map_or(0, |lora| (lora.rank * lora.targets.len()) as u64);
+        Pass { shapes: self.shapes, element_bytes: self.element_bytes(), adapter_columns }
     }
 
     fn element_bytes(&self) -> u64 {
@@ -240,6 +256,17 @@ impl<'a> Demand<'a> {
     fn matrices(&self) -> impl Iterator<Item = (String, u64)> {
         let matrices = self.shapes.parameter_shapes().into_iter().filter(|(_, shape)| shape.len() > 1);
         matrices.map(|(name, shape)| (name, shape.iter().map(|&d| d as u64).product()))
+    }
+
+    /// Elements of each matrix that the optimizer updates.
+    fn trained_matrices(&self) -> Vec<u64> {
+        match self.lora {
+            None => self.matrices().map(|(_, n)| n).collect(),
+            Some(lora) => {
+                let adapters = lora::modules(self.shapes, lora);
+                adapters.iter().map(|spec| (spec.in_features * spec.out_features) as u64).collect()
+            }
+        }
     }
 
     /// Elements of matrices, and of norms and biases.
@@ -262,7 +289,9 @@ impl<'a> Demand<'a> {
 
     fn quantized(&self) -> u64 {
         let phases = [InjectPhase::Rollout, InjectPhase::OldLogprobs, InjectPhase::Forward];
-        let applies = phases.into_iter().any(|phase| self.plan.quant_in(phase));
+        // The base of adapters is the reference policy as well.
+        let of_reference = self.lora.is_some() && self.plan.quant_in(InjectPhase::RefLogprobs);
+        let applies = of_reference || phases.into_iter().any(|phase| self.plan.quant_in(phase));
         // On a GPU once more as codes: 4 bits an element, 8 a block of 16 or 32.
         let packed = if self.on_gpu && self.dtype == Dtype::Bf16 { self.quantized_elements() * 9 / 16 } else { 0 };
         if applies { self.element_bytes() * self.quantized_elements() + packed } else { 0 }
@@ -296,7 +325,7 @@ impl<'a> Demand<'a> {
     }
 
     fn head_gradient(&self) -> u64 {
-        let noisy = self.head_error() && self.plan.matmul_in(InjectPhase::Backward);
+        let noisy = self.head_error() && self.plan.matmul_in(InjectPhase::Backward) && self.lora.is_none();
         if noisy && self.shapes.tie_word_embeddings { 4 * self.weight_elements("lm_head") } else { 0 }
     }
 
@@ -323,7 +352,7 @@ impl<'a> Demand<'a> {
     /// On a GPU a product without error is the library's: the head's dW is a matrix of its own before it is added.
     fn gradient_product(&self) -> u64 {
         let noisy = self.head_error() && self.plan.matmul_in(InjectPhase::Backward);
-        if self.on_gpu && !noisy { 4 * self.weight_elements("lm_head") } else { 0 }
+        if self.on_gpu && !noisy && self.lora.is_none() { 4 * self.weight_elements("lm_head") } else { 0 }
     }
 }
 

@@ -3,10 +3,9 @@
 use crate::data::Question;
 use crate::data::section::DataSection;
 use crate::inject::injector::Injector;
-use crate::inject::plan::InjectionPlan;
+use crate::inject::plan::{InjectionPlan, ModuleSpec};
 use crate::inject::schedule::SigmaSchedule;
 use crate::inject::section::{FakeQuantSection, NoiseInjectionSection, NoisyOpsSection};
-use crate::model::config::Qwen2Config;
 use crate::model::generate::Batching;
 use crate::model::section::ModelSection;
 use crate::model::tokenizer::Tokenizer;
@@ -44,14 +43,19 @@ impl Recipe {
         }
     }
 
-    /// What is injected into every module of a model of these shapes.
-    pub fn injection_plan(&self, model: &Qwen2Config) -> Result<InjectionPlan> {
-        let (aqn, ops, quant) = (&self.noise_injection, &self.noisy_ops, &self.fake_quant);
-        InjectionPlan::resolve(aqn, ops, quant, &model.modules(), self.seed)
+    /// Whether the KL penalty needs a second model: the base of adapters is the reference policy itself.
+    pub fn has_reference_model(&self) -> bool {
+        self.algorithm.kl_coef != 0.0 && self.model.lora.is_none()
     }
 
-    pub fn injector(&self, model: &Qwen2Config) -> Result<Injector> {
-        let plan = self.injection_plan(model)?;
+    /// What is injected into every one of these modules.
+    pub fn injection_plan(&self, modules: &[ModuleSpec]) -> Result<InjectionPlan> {
+        let (aqn, ops, quant) = (&self.noise_injection, &self.noisy_ops, &self.fake_quant);
+        InjectionPlan::resolve(aqn, ops, quant, modules, self.seed)
+    }
+
+    pub fn injector(&self, modules: &[ModuleSpec]) -> Result<Injector> {
+        let plan = self.injection_plan(modules)?;
         Ok(Injector::applying(plan.clone(), plan, self.rollout.group_size as u64))
     }
 

@@ -1,6 +1,6 @@
 //! What a checkpoint holds besides the model directory, and how training continues from it, bit for bit.
 //!
-//! `trainer/master.safetensors`: f32 master weights; `trainer/optimizer.safetensors`: AdamW's moments;
+//! `trainer/master.safetensors`: f32 master weights of what is trained; `trainer/optimizer.safetensors`: AdamW's moments;
 //! `trainer/state.json`: counters. Everything else follows from the configuration and the step (counter-based noise).
 
 use std::collections::BTreeMap;
@@ -64,7 +64,7 @@ pub fn restore(checkpoint: &Path, model: &mut Qwen2, optimizer: &mut AdamW) -> R
         .map_err(|e| input_error!("{}: {e}: the checkpoint is damaged", path.display()))?;
     let masters = Checkpoint::open(&dir.join(MASTER))?;
     let _no_grad = tch::no_grad_guard();
-    for parameter in model.parameters_mut() {
+    for parameter in model.parameters_mut().into_iter().filter(|parameter| parameter.master().is_some()) {
         let view = masters.tensor(&parameter.name)?;
         let expected = parameter.value().size();
         if view.shape.iter().map(|&d| d as i64).collect::<Vec<_>>() != expected {

@@ -53,9 +53,7 @@ pub fn train(
     mut progress: impl FnMut(u64, f64),
 ) -> Result<Qwen2> {
     let mut model = random_model(config, recipe.seed, INIT_STD, device, Kind::Float)?;
-    for parameter in model.parameters_mut() {
-        parameter.make_trainable()?;
-    }
+    model.make_trainable()?;
     let mut optimizer = AdamW::new(OptimizerSection {
         lr: recipe.lr,
         betas: [0.9, 0.98],

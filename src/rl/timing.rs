@@ -17,6 +17,7 @@ use crate::device::gpu::monitor::{Monitor, Watch};
 use crate::device::gpu::peak::dense_bf16_flop_per_s;
 use crate::device::host;
 use crate::model::config::Qwen2Config;
+use crate::model::lora;
 use crate::ops::cuda::memory;
 use crate::run::console::Console;
 
@@ -43,6 +44,7 @@ impl Accounting {
         let passes = Passes {
             reference: recipe.algorithm.kl_coef != 0.0,
             gradient_checkpointing: recipe.trainer.gradient_checkpointing.unwrap_or(device.is_cuda()),
+            adapter_elements: recipe.model.lora.as_ref().map(|lora| lora::elements(shapes, lora)),
         };
         Accounting {
             shapes: shapes.clone(),

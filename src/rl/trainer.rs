@@ -34,7 +34,7 @@ use crate::run::directory::{RunDir, RunSpec, Start};
 use crate::run::jsonl::JsonlWriter;
 use crate::run::stopped;
 use crate::run::tensorboard::TensorBoard;
-use crate::{Error, Result};
+use crate::{Error, Result, bail_input};
 
 /// Trains to the end, or to the step at which a signal asked to stop (then `Error::Interrupted`, after a checkpoint).
 pub fn train(recipe: &Recipe, workload: &Workload, launch: &Launch) -> Result<Outcome> {
@@ -49,17 +49,18 @@ pub fn train_with(
     launch: &Launch,
     applied: impl FnOnce(&InjectionPlan) -> InjectionPlan,
 ) -> Result<Outcome> {
-    let (mut model, _) = model_of_section(&recipe.model, recipe.seed, launch.device)?;
+    if recipe.model.lora.is_some() && recipe.model.path.is_none() {
+        bail_input!(
+            "model.path: found null with model.lora, expected a model directory: an adapter belongs to weights"
+        );
+    }
+    let mut model = model_of_section(&recipe.model, recipe.seed, launch.device)?;
     check_lengths(recipe, workload, &model.config)?;
     let home = if recipe.trainer.offload_reference { Device::Cpu } else { launch.device };
-    let reference = match recipe.algorithm.kl_coef {
-        0.0 => None,
-        _ => Some(model_of_section(&recipe.model, recipe.seed, home)?.0),
-    };
-    for parameter in model.parameters_mut() {
-        parameter.make_trainable()?;
-    }
-    let planned = recipe.injection_plan(&model.config)?;
+    let with_reference = recipe.has_reference_model();
+    let reference = with_reference.then(|| model_of_section(&recipe.model, recipe.seed, home)).transpose()?;
+    model.make_trainable()?;
+    let planned = recipe.injection_plan(&model.module_specs())?;
     let injector = Injector::applying(applied(&planned), planned, recipe.rollout.group_size as u64);
     let schedule = recipe.schedule(workload.train.len())?;
     let scorer = Scorer::new(&recipe.reward)?;

@@ -127,6 +127,12 @@ impl Updater<'_> {
         Ok(summary)
     }
 
+    /// What the KL penalty refers to; None without one.
+    fn reference_policy(&self) -> Option<&Qwen2> {
+        let own_base = self.model.lora.is_some() && self.recipe.algorithm.kl_coef != 0.0;
+        self.reference.as_deref().or(own_base.then_some(&*self.model))
+    }
+
     fn move_reference(&mut self, device: Device) -> Result<()> {
         self.reference.as_mut().map_or(Ok(()), |reference| reference.move_to(device))
     }
@@ -142,7 +148,7 @@ impl Updater<'_> {
             let sequences: Vec<&Sequence> = minibatch.iter().map(|&i| &rollout.completions[i].sequence).collect();
             let (old, reference) = self.in_microbatches(&lengths(&sequences), |updater, parts| {
                 let old = updater.frozen_logprobs(updater.model, Phase::OldLogprobs, &sequences, parts)?;
-                let reference = updater.reference.as_deref();
+                let reference = updater.reference_policy();
                 let reference = reference.map(|m| updater.frozen_logprobs(m, Phase::RefLogprobs, &sequences, parts));
                 Ok((old, reference.transpose()?))
             })?;

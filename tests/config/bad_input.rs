@@ -99,7 +99,8 @@ const TABLE: [(&str, &[&str]); 95] = [
         "algorithm: {advantage: gae}",
         &["algorithm.advantage: found `gae`, expected one of `grpo`, `dr_grpo`, `rloo`, `batch_std`"],
     ),
-    ("model: {lora: {rank: 32}}", &["model", "duplicate"]),
+    // Adapters.
+    ("model.lora: {rank: 32}", &["model.lora: unknown key"]),
     // Options of the algorithm.
     ("algorithm: {ratio: sentence}", &["algorithm.ratio: found `sentence`, expected `token` or `sequence`"]),
     (
@@ -254,7 +255,14 @@ fn an_override_is_held_to_the_same_rules() {
         ("noise_injection.sigma_end=0", "noise_injection.sigma_end: found 0"),
         ("noise_injection.layer_sigma_config=nowhere.json", "nowhere.json: no such file"),
         ("trainer.epochs=\"a\nb\"", "trainer.epochs: found string"),
-        ("model.lora={rank: 32}", "model.lora: known, but not available yet"),
+        ("model.lora={rank: 0}", "model.lora.rank: found 0, expected 1 to 65536"),
+        ("model.lora={alpha: -1}", "model.lora.alpha: found -1, expected a number above 0"),
+        ("model.lora={r: 32}", "model.lora.r: unknown key; nearest known key: model.lora.rank"),
+        ("model.lora={targets: []}", "model.lora.targets: found none"),
+        ("model.lora={targets: [q_proj, q_proj]}", "model.lora.targets: found q_proj twice"),
+        ("model.lora={targets: [lm_head]}", "model.lora.targets: found `lm_head`, expected one of"),
+        ("model.lora=32", "model.lora: found `32`, expected a section with keys rank, alpha, targets"),
+        ("noisy_ops.adapters=true", "noisy_ops.adapters: found true without model.lora"),
         ("model.preset=qwen3", "model.preset: found \"qwen3\", expected one of"),
     ] {
         let error = config::load(&file, &[set.to_string()]).unwrap_err();

@@ -2,14 +2,16 @@
 
 use super::load;
 use temper::config::Config;
-use temper::inject::plan::{InjectionPlan, ModuleKind};
+use temper::inject::plan::{InjectionPlan, ModuleKind, ModulePlan};
 use temper::inject::schedule::SigmaSchedule;
 use temper::model::config::Qwen2Config;
+use temper::model::lora::{all_modules, elements};
+use temper::model::section::Projection;
 use temper::rl::section::{Advantage, Aggregation, RatioLevel};
 
 fn plan(config: &Config) -> InjectionPlan {
-    let modules = Qwen2Config::preset(config.model.preset.as_deref().unwrap()).unwrap().modules();
-    config.injection_plan(&modules).unwrap()
+    let shapes = Qwen2Config::preset(config.model.preset.as_deref().unwrap()).unwrap();
+    config.injection_plan(&all_modules(&shapes, config.model.lora.as_ref())).unwrap()
 }
 
 fn schedule(config: &Config) -> SigmaSchedule {
@@ -121,6 +123,42 @@ fn the_papers_recipes_are_the_baseline_with_another_algorithm() {
         assert_eq!(same, baseline, "{name}");
         assert_eq!(schedule(&config).total_steps(), 58);
     }
+}
+
+/// r 32, alpha 16, lr 1e-5, warm-up 10, wd .1, and the plan of what they extend with adapters that nothing touches.
+#[test]
+fn lora_rows_are_their_base_with_adapters() {
+    for (name, base, weights, steps) in [
+        ("mxfp4_lora", "mxfp4_only", Some("mxfp4"), 58),
+        ("nvfp4_lora", "mxfp4_only", Some("nvfp4"), 58),
+        ("dapo_lora", "dapo", None, 58),
+    ] {
+        let (config, base) = (load(&format!("{name}.yaml")), load(&format!("{base}.yaml")));
+        let lora = config.model.lora.clone().unwrap();
+        assert_eq!((lora.rank, lora.alpha, &lora.targets[..]), (32, 16.0, &Projection::ALL[..]), "{name}");
+        let optimizer = &config.optimizer;
+        assert_eq!((optimizer.lr, optimizer.warmup_steps, optimizer.weight_decay), (1e-5, 10, 0.1), "{name}");
+        assert_eq!(schedule(&config).total_steps(), steps, "{name}");
+        let (plan, of_base) = (plan(&config), plan(&base));
+        assert!(plan.frozen_base && plan.notices.is_empty(), "{name}");
+        let (own, adapters) = plan.modules.split_at(of_base.modules.len());
+        assert_eq!(adapters.len(), 2 * 7 * 28, "{name}");
+        let untouched = |m: &ModulePlan| (m.aqn_multiplier, m.matmul_error, m.weight_format, m.activation_format);
+        assert!(adapters.iter().all(|m| untouched(m) == (0.0, 0.0, None, None)), "{name}");
+        for module in own {
+            let format = module.weight_format.map(|f| f.to_string());
+            let linear = module.kind == ModuleKind::Linear && module.name != "lm_head";
+            assert_eq!(format.as_deref(), weights.filter(|_| linear), "{name} {}", module.name);
+        }
+        let mut same = config.clone();
+        same.model.lora = None;
+        (same.name, same.optimizer, same.fake_quant) =
+            (base.name.clone(), base.optimizer.clone(), base.fake_quant.clone());
+        assert_eq!(same, base, "{name}");
+    }
+    // PEFT's count of trainable parameters of this adapter on Qwen2.5-1.5B.
+    let shapes = Qwen2Config::preset("qwen2.5-1.5b").unwrap();
+    assert_eq!(elements(&shapes, &load("mxfp4_lora.yaml").model.lora.unwrap()), 36_929_536);
 }
 
 /// "off or AQN": the W4A4 files carry mxfp4_aqn's schedule, switched off.

@@ -5,6 +5,7 @@ mod activation_scales;
 mod bad_input;
 mod bench;
 mod bench_steps;
+mod lora;
 mod memory;
 mod options;
 mod out_of_memory;

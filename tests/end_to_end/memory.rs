@@ -125,7 +125,7 @@ fn child_that_trains_a_step() {
 }
 
 fn plan(shapes: &Qwen2Config) -> InjectionPlan {
-    recipe(2, true).injection_plan(shapes).unwrap()
+    recipe(2, true).injection_plan(&shapes.modules()).unwrap()
 }
 
 fn measured(sequences: usize, recompute: bool) -> u64 {
@@ -205,7 +205,7 @@ fn a_rollout_takes_the_memory_that_was_estimated() {
         let mut recipe = recipe(prompts * 2, false);
         (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens) = (32, 64);
         (recipe.data.prompts_per_step, recipe.rollout.group_size) = (prompts, 5);
-        let plan = recipe.injection_plan(&shapes).unwrap();
+        let plan = recipe.injection_plan(&shapes.modules()).unwrap();
         let estimate = Demand::of(&recipe, &shapes, &plan, false).estimate();
         assert_eq!(estimate.phases[0].phase, "rollout");
         [report["peak_host_bytes"].as_f64().unwrap(), estimate.phases[0].bytes as f64]

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 use crate::support::{assert_same_run, config, files, names, rows, run_dir, stderr_of, succeed, temper, train_args};
 
-/// Two configurations that together touch everything a resume must bring back: f32 and bf16 weights, moments, the KL
+/// Three configurations that together touch everything a resume must bring back: f32 and bf16 weights, moments, the KL
 /// reference, AQN on norms and on linears, stochastically quantized weights, activations with calibrated scales, both draw modes,
-/// warm-up, skipping epochs' orders, rows that are refilled, micro-batches by tokens.
+/// warm-up, skipping epochs' orders, rows that are refilled, micro-batches by tokens, adapters beside weights that are quantized
+/// once.
 const F32: &str = "
 trainer: {save_every: 1, val_every: 3, keep_last: 2, keep_best: 1, microbatch_tokens: 60, offload_reference: true}
 rollout: {max_sequences: 4}
@@ -23,7 +24,15 @@ reward: {mode: numeric}
 noisy_ops: {draw: shared, dw_draw: per_microbatch}
 noise_injection: {layer_types: [rmsnorm, linear], apply_to: rollout_and_update}
 fake_quant: {enabled: true, weights: 'mxfp4:sr', activations: nvfp4, activation_scale: static, calibration_prompts: 5}";
-const KILLS: usize = 24;
+const LORA: &str = "
+model: {dtype: bf16, lora: {rank: 4}}
+trainer: {save_every: 1, val_every: 4, microbatch_tokens: 60}
+algorithm: {kl_coef: 0.05}
+optimizer: {lr: 1e-3}
+reward: {mode: numeric}
+noisy_ops: {adapters: true}
+fake_quant: {enabled: true, weights: 'nvfp4:sr', phases: all}";
+const KILLS: usize = 27;
 
 #[test]
 fn a_run_killed_at_random_moments_ends_as_if_it_had_not_been() {
@@ -32,7 +41,7 @@ fn a_run_killed_at_random_moments_ends_as_if_it_had_not_been() {
     let mut random = Random(0x5eed);
     let (mut kills, mut runs) = (0, 0);
     let started = Instant::now();
-    let references = [("f32", F32), ("bf16", BF16)].map(|(name, yaml)| {
+    let references = [("f32", F32), ("bf16", BF16), ("lora", LORA)].map(|(name, yaml)| {
         let config = config(dir.path(), name, yaml);
         let out = dir.path().join(format!("{name}-whole"));
         let started = Instant::now();
@@ -40,7 +49,7 @@ fn a_run_killed_at_random_moments_ends_as_if_it_had_not_been() {
         (config, run_dir(&out), started.elapsed())
     });
     while kills < KILLS {
-        let (config, whole, whole_time) = &references[runs % 2];
+        let (config, whole, whole_time) = &references[runs % references.len()];
         let out = dir.path().join(format!("killed-{runs}"));
         let mut args = train_args(config, &out);
         args.push("--resume".to_string());

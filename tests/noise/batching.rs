@@ -175,7 +175,7 @@ fn update_with(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec
         trainer(&mut r.trainer);
     });
     let (mut reference, mut model) = (model(true), trainable(model(true)));
-    let injector = recipe.injector(&model.config).unwrap();
+    let injector = recipe.injector(&model.config.modules()).unwrap();
     let sequences = sequences();
     let completions = sequences.into_iter().map(|sequence| {
         let logprobs = vec![-3.0; sequence.response().len()];

@@ -10,6 +10,7 @@ mod batching;
 mod bridge;
 mod draws;
 mod fake_quant_tensor;
+mod lora;
 mod mutation;
 mod nonfinite;
 mod recompute;

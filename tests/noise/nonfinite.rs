@@ -38,7 +38,7 @@ impl Bench {
     }
 
     fn update(&mut self, experience: &Rollout) -> UpdateSummary {
-        let injector = self.recipe.injector(&self.model.config).unwrap();
+        let injector = self.recipe.injector(&self.model.config.modules()).unwrap();
         let Bench { recipe, model, optimizer, update_number } = self;
         update(model, None, recipe, &injector, optimizer, update_number, experience)
     }
@@ -47,7 +47,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let tokenizer = tokenizer(dir.path());
         let questions = questions(&self.recipe, &tokenizer, Split::Train, 4);
-        let injector = self.recipe.injector(&self.model.config).unwrap();
+        let injector = self.recipe.injector(&self.model.config.modules()).unwrap();
         let mut experience = first_step(&self.model, &injector, &tokenizer, &self.recipe, &questions);
         let signs = experience.advantages.iter_mut().enumerate();
         signs.for_each(|(i, advantage)| *advantage = if i % 2 == 0 { 1.0 } else { -1.0 });

@@ -31,7 +31,7 @@ fn step(recipe: &Recipe) -> (Rollout, UpdateSummary, f32) {
     let tokenizer = tokenizer(dir.path());
     let questions = questions(recipe, &tokenizer, Split::Train, 4);
     let mut model = trainable(model(true));
-    let injector = recipe.injector(&model.config).unwrap();
+    let injector = recipe.injector(&model.config.modules()).unwrap();
     let mut experience = first_step(&model, &injector, &tokenizer, recipe, &questions);
     for (i, advantage) in experience.advantages.iter_mut().enumerate() {
         *advantage = if i % 2 == 0 { 1.0 } else { -1.0 };

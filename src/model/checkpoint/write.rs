@@ -123,16 +123,19 @@ pub fn write_model_dir(
     specs: &[TensorSpec],
     fill: impl FnMut(usize, &mut TensorSink) -> Result<()>,
 ) -> Result<()> {
+    write_model_config(dir, config, source)?;
+    write_weights(dir, specs, MAX_SHARD_BYTES, fill)
+}
+
+/// All of [`write_model_dir`] but the weights.
+pub fn write_model_config(dir: &Path, config: &Qwen2Config, source: Option<&Path>) -> Result<()> {
     write_json(&dir.join("config.json"), &config.to_hf_json())?;
     let generation = "generation_config.json";
     match source.map(|s| s.join(generation)).filter(|path| path.exists()) {
         Some(from) => copy_file(&from, &dir.join(generation))?,
         None => write_json(&dir.join(generation), &config.to_generation_json())?,
     }
-    if let Some(source) = source {
-        copy_tokenizer_files(source, dir)?;
-    }
-    write_weights(dir, specs, MAX_SHARD_BYTES, fill)
+    source.map_or(Ok(()), |source| copy_tokenizer_files(source, dir))
 }
 
 /// Says in `dir`'s config.json how its weights are packed; every other key stays.
@@ -261,7 +264,8 @@ fn header_bytes(specs: &[TensorSpec], order: &[usize]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<()> {
+/// Pretty, with a line end.
+pub fn write_json(path: &Path, value: &Value) -> Result<()> {
     let text = format!("{value:#}\n");
     atomic_file(path, |out| out.write_all(text.as_bytes()).map_err(|e| Error::io(path, e)))
 }

@@ -8,6 +8,7 @@
 //!               + 4 e q + e q        q, k, v and the output of attention; o_proj's input
 //!               + 4 heads + 8 dim    logsumexp; cos and sin
 //!               + 4 e i              gate before and after SiLU, up, their product
+//!               + e r targets        what every adapter's B reads
 //! block_backward  2 e i + 3 e h      gradients that stand beside what is kept where down_proj's backward ends
 //! without_gradient  2 e h + max(2 e h + 3 e i, 16 h, 18 q + 3 e q)   residual; MLP, norm or rotation in f32
 //! residual        e h
@@ -20,6 +21,8 @@ use crate::model::config::Qwen2Config;
 pub(super) struct Pass<'a> {
     pub(super) shapes: &'a Qwen2Config,
     pub(super) element_bytes: u64,
+    /// r times the linears of a block that have an adapter.
+    pub(super) adapter_columns: u64,
 }
 
 impl Pass<'_> {
@@ -38,7 +41,7 @@ impl Pass<'_> {
     pub(super) fn block_kept(&self, tokens: u64) -> u64 {
         let (h, i, q, e) = (self.h(), self.i(), self.q(), self.element_bytes);
         let small = 4 * self.shapes.num_attention_heads as u64 + 8 * self.shapes.head_dim as u64;
-        tokens * (2 * h * (8 + e) + 5 * e * q + small + 4 * e * i)
+        tokens * (2 * h * (8 + e) + 5 * e * q + small + 4 * e * i + e * self.adapter_columns)
     }
 
     pub(super) fn block_backward(&self, tokens: u64) -> u64 {

@@ -14,6 +14,7 @@ fn e5c<'a>(shapes: &'a Qwen2Config, plan: &'a InjectionPlan) -> Demand<'a> {
         plan,
         dtype: Dtype::Bf16,
         on_gpu: true,
+        lora: None,
         has_reference: true,
         offload_reference: false,
         gradient_checkpointing: true,

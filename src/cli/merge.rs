@@ -1,0 +1,49 @@
+//! `temper merge ADAPTER OUT`: a model directory whose weights have the adapter added, for programs that load no adapters.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+use tch::{Device, Kind};
+
+use super::quantize::check_output;
+use super::{Global, common};
+use crate::model::checkpoint::{atomic_directory, resolve_model_path};
+use crate::model::config::Qwen2Config;
+use crate::model::load::{load_model, save_model};
+use crate::model::lora;
+use crate::{Result, bail_input};
+
+#[derive(clap::Args)]
+pub struct Args {
+    /// A directory with adapter_config.json: a checkpoint of a run with model.lora, or PEFT's own
+    #[arg(value_name = "ADAPTER")]
+    adapter: String,
+    /// The model directory to write; must not exist yet
+    #[arg(value_name = "OUT")]
+    output: PathBuf,
+    /// The base model, where it lies elsewhere than adapter_config.json says
+    #[arg(long, value_name = "DIR")]
+    base: Option<String>,
+}
+
+pub fn run(args: &Args, global: &Global) -> Result<()> {
+    let adapter = resolve_model_path(&args.adapter)?;
+    if !lora::is_adapter(&adapter) {
+        bail_input!("{}: found no {}, expected the directory of an adapter", args.adapter, lora::ADAPTER_CONFIG);
+    }
+    check_output(&adapter, &args.output)?;
+    let base = args.base.as_deref().map_or_else(|| lora::base_of(&adapter), resolve_model_path)?;
+    // In f32 both are exact; the sum is rounded once, to the dtype that the base is stored in.
+    let mut model = load_model(&base, Device::Cpu, Some(Kind::Float))?;
+    lora::load(&mut model, &adapter)?;
+    let adapters = model.adapters().count() / 2;
+    lora::merge(&mut model)?;
+    let dtype = Qwen2Config::from_dir(&base)?.dtype;
+    atomic_directory(&args.output, |dir| save_model(&model, dtype, Some(&base), dir))?;
+    if global.json {
+        let output = args.output.display().to_string();
+        return super::print(json!({"base": base, "adapters": adapters, "output": output}));
+    }
+    common::console(global).note(&format!("base {}", base.display()));
+    super::print(format!("{adapters} adapters added; wrote {}", args.output.display()))
+}
