@@ -5,12 +5,12 @@ use std::process::Command;
 
 use tch::{Device, Kind};
 use temper::inject::injector::Injector;
-use temper::inject::plan::InjectionPlan;
 use temper::model::config::Qwen2Config;
 use temper::model::generate::Completion;
 use temper::model::load::random_model;
+use temper::model::lora::{self, Lora};
 use temper::model::pass::{PromptUid, Sequence};
-use temper::model::section::{Dtype, ModelSection};
+use temper::model::section::{Dtype, LoraSection, ModelSection};
 use temper::rl::memory::{Demand, MemoryEstimate};
 use temper::rl::optimizer::AdamW;
 use temper::rl::recipe::Recipe;
@@ -20,7 +20,7 @@ use temper::rl::update::Updater;
 
 const PROMPT: usize = 64;
 const RESPONSE: usize = 64;
-/// What the child gets: sequences of the micro-batch and whether blocks are computed again.
+/// What the child gets: the case.
 const QUESTION: &str = "TEMPER_TEST_MEMORY";
 
 fn shapes() -> Qwen2Config {
@@ -36,13 +36,17 @@ fn shapes() -> Qwen2Config {
     }
 }
 
-fn recipe(sequences: usize, gradient_checkpointing: bool) -> Recipe {
+/// Sequences of the micro-batch, whether blocks are computed again, and whether adapters are trained beside frozen weights.
+#[derive(Clone, Copy)]
+struct Case(usize, bool, bool);
+
+fn recipe(Case(sequences, gradient_checkpointing, lora): Case) -> Recipe {
     Recipe {
         name: "memory".into(),
         seed: 0,
         hash: String::new(),
         yaml: String::new(),
-        model: ModelSection { dtype: Dtype::F32, ..Default::default() },
+        model: ModelSection { dtype: Dtype::F32, lora: lora.then(LoraSection::default), ..Default::default() },
         data: temper::data::section::DataSection {
             prompts_per_step: sequences / 2,
             max_prompt_tokens: PROMPT,
@@ -91,17 +95,20 @@ fn status(key: &str) -> u64 {
 #[test]
 fn child_that_trains_a_step() {
     let Ok(question) = std::env::var(QUESTION) else { return };
-    let (sequences, recompute) = question.split_once(' ').unwrap();
-    let (sequences, recompute) = (sequences.parse::<usize>().unwrap(), recompute == "true");
+    let words: Vec<&str> = question.split(' ').collect();
+    let case = Case(words[0].parse().unwrap(), words[1] == "true", words[2] == "true");
     tch::set_num_threads(2);
     let mut model = random_model(shapes(), 0, 0.02, Device::Cpu, Kind::Float).unwrap();
-    model.parameters_mut().into_iter().for_each(|p| p.make_trainable().unwrap());
-    let plan = plan(&model.config);
+    if let Some(section) = recipe(case).model.lora {
+        lora::attach_new(&mut model, Lora { section, base: String::new() }, 0).unwrap();
+    }
+    model.make_trainable().unwrap();
+    let plan = recipe(case).injection_plan(&model.module_specs()).unwrap();
     let injector = Injector::applying(plan.clone(), plan, 2);
     let mut optimizer = AdamW::new(Default::default()).unwrap();
     let mut update_number = 0;
     let mut before = 0;
-    for sequences in [2, sequences] {
+    for sequences in [2, case.0] {
         // Writing 5 sets the mark back to what is resident.
         std::fs::write("/proc/self/clear_refs", "5").unwrap();
         before = status("VmRSS:");
@@ -110,7 +117,7 @@ fn child_that_trains_a_step() {
             reference: None,
             injector: &injector,
             optimizer: &mut optimizer,
-            recipe: &recipe(sequences, recompute),
+            recipe: &recipe(Case(sequences, case.1, case.2)),
             update_number: &mut update_number,
             halvings: &mut 0,
             step: 1,
@@ -124,14 +131,10 @@ fn child_that_trains_a_step() {
     println!("grew {}", status("VmHWM:") - before);
 }
 
-fn plan(shapes: &Qwen2Config) -> InjectionPlan {
-    recipe(2, true).injection_plan(&shapes.modules()).unwrap()
-}
-
-fn measured(sequences: usize, recompute: bool) -> u64 {
+fn measured(Case(sequences, recompute, lora): Case) -> u64 {
     let output = Command::new(std::env::current_exe().unwrap())
         .args(["memory::child_that_trains_a_step", "--exact", "--nocapture"])
-        .env(QUESTION, format!("{sequences} {recompute}"))
+        .env(QUESTION, format!("{sequences} {recompute} {lora}"))
         // Every tensor is a mapping of its own, given back when it is freed.
         .env("MALLOC_MMAP_THRESHOLD_", "65536")
         .env("OMP_WAIT_POLICY", "PASSIVE")
@@ -143,9 +146,9 @@ fn measured(sequences: usize, recompute: bool) -> u64 {
 }
 
 /// What the estimate says that a step needs beside what stands.
-fn estimated(sequences: usize, recompute: bool) -> u64 {
-    let (shapes, recipe) = (shapes(), recipe(sequences, recompute));
-    let plan = plan(&shapes);
+fn estimated(case: Case) -> u64 {
+    let (shapes, recipe) = (shapes(), recipe(case));
+    let plan = recipe.injection_plan(&lora::all_modules(&shapes, recipe.model.lora.as_ref())).unwrap();
     let estimate: MemoryEstimate = Demand::of(&recipe, &shapes, &plan, false).estimate();
     let standing = ["weights", "master_weights", "gradients", "moments", "reference"];
     let of_step = |phase: &temper::rl::memory::PhaseMemory| {
@@ -161,12 +164,19 @@ fn a_training_step_takes_the_memory_that_was_estimated() {
         println!("skipped: /proc/self/clear_refs cannot be written here");
         return;
     }
-    let cases = [(4, false), (12, false), (4, true), (12, true)];
+    let cases = [
+        Case(4, false, false),
+        Case(12, false, false),
+        Case(4, true, false),
+        Case(12, true, false),
+        Case(4, false, true),
+        Case(12, false, true),
+    ];
     let found: Vec<(f64, f64)> =
-        cases.iter().map(|&(n, r)| (measured(n, r) as f64 / 1e6, estimated(n, r) as f64 / 1e6)).collect();
-    for ((sequences, recompute), (measured, estimated)) in cases.iter().zip(&found) {
+        cases.iter().map(|&case| (measured(case) as f64 / 1e6, estimated(case) as f64 / 1e6)).collect();
+    for (Case(sequences, recompute, lora), (measured, estimated)) in cases.iter().zip(&found) {
         println!(
-            "{sequences} sequences of 128 tokens, recompute {recompute}: measured {measured:.1} MB, estimated {estimated:.1} MB"
+            "{sequences} sequences of 128 tokens, recompute {recompute}, LoRA {lora}: measured {measured:.1} MB, estimated {estimated:.1} MB"
         );
     }
     let difference = |a: usize, b: usize| (found[a].0 - found[b].0, found[a].1 - found[b].1);
@@ -174,6 +184,7 @@ fn a_training_step_takes_the_memory_that_was_estimated() {
         ("tokens, everything kept", difference(1, 0)),
         ("tokens, recomputed", difference(3, 2)),
         ("kept instead of recomputed", difference(1, 3)),
+        ("tokens, adapters", difference(5, 4)),
     ];
     for (what, (measured, estimated)) in compared {
         println!("{what}: measured {measured:.1} MB, estimated {estimated:.1} MB");
@@ -202,7 +213,7 @@ fn a_rollout_takes_the_memory_that_was_estimated() {
         assert!(output.status.success(), "{}", crate::support::stderr_of(&output));
         let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
 
-        let mut recipe = recipe(prompts * 2, false);
+        let mut recipe = recipe(Case(prompts * 2, false, false));
         (recipe.data.max_prompt_tokens, recipe.data.max_response_tokens) = (32, 64);
         (recipe.data.prompts_per_step, recipe.rollout.group_size) = (prompts, 5);
         let plan = recipe.injection_plan(&shapes.modules()).unwrap();

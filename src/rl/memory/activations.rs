@@ -4,7 +4,8 @@
 //! repeated for their query heads, are counted for all heads.
 //!
 //! ```text
-//! block_kept      2 h (8 + e)        each norm: x in f32, x normalized in f32, its output (the linears' input)
+//! block_kept      2 h (8 + e)        each norm: x in f32, x normalized in f32 (not beside a frozen weight), its output (the
+//!                                    linears' input)
 //!               + 4 e q + e q        q, k, v and the output of attention; o_proj's input
 //!               + 4 heads + 8 dim    logsumexp; cos and sin
 //!               + 4 e i              gate before and after SiLU, up, their product
@@ -41,7 +42,8 @@ impl Pass<'_> {
     pub(super) fn block_kept(&self, tokens: u64) -> u64 {
         let (h, i, q, e) = (self.h(), self.i(), self.q(), self.element_bytes);
         let small = 4 * self.shapes.num_attention_heads as u64 + 8 * self.shapes.head_dim as u64;
-        tokens * (2 * h * (8 + e) + 5 * e * q + small + 4 * e * i + e * self.adapter_columns)
+        let norm = if self.adapter_columns > 0 { 4 } else { 8 };
+        tokens * (2 * h * (norm + e) + 5 * e * q + small + 4 * e * i + e * self.adapter_columns)
     }
 
     pub(super) fn block_backward(&self, tokens: u64) -> u64 {

@@ -39,8 +39,8 @@ fn part(estimate: &MemoryEstimate, phase: &str, name: &str) -> u64 {
     phase.map_or(0, |p| cards::bytes_of(p, name))
 }
 
-/// By hand from Qwen2.5-1.5B's shapes: 1 543 596 544 elements in matrices (embedding 151936 x 1536; a layer 1536 x 1536
-/// twice, 256 x 1536 twice, 3 x 1536 x 8960), 117 760 in vectors (57 norms of 1536, 28 x (1536 + 256 + 256) biases).
+/// By hand from Qwen2.5-1.5B's shapes: 1 543 569 408 elements in matrices (embedding 151936 x 1536; a layer 1536 x 1536
+/// twice, 256 x 1536 twice, 3 x 1536 x 8960), 144 896 in vectors (57 norms of 1536, 28 x (1536 + 256 + 256) biases).
 #[test]
 fn what_stands_is_counted_by_hand() {
     let shapes = shapes();
@@ -103,6 +103,27 @@ fn every_part_follows_the_key_that_it_belongs_to() {
     assert!(part(&kept, "update", "activations") > 5 * part(&estimate, "update", "activations"));
     let f32 = Demand { dtype: Dtype::F32, ..all }.estimate();
     assert_eq!(part(&f32, "update", "weights"), 0, "the masters are what products read");
+}
+
+/// r (in + out): 32 x 28 x (2 x 3072 + 2 x 1792 + 3 x 10496) = 36 929 536.
+#[test]
+fn adapters_stand_in_the_place_of_all_weights() {
+    let (shapes, section) = (shapes(), LoraSection::default());
+    let noise = NoisyOpsSection { enabled: true, exclude_modules: Vec::new(), ..Default::default() };
+    let plan = plan(&shapes, &noise, &FakeQuantSection { enabled: true, ..Default::default() });
+    let all = e5c(&shapes, &plan);
+    let estimate = Demand { lora: Some(&section), has_reference: false, ..all.clone() }.estimate();
+    let (m, v, a) = (1_543_569_408, 144_896, 36_929_536);
+    assert_eq!(part(&estimate, "update", "weights"), 2 * m + 4 * v + 2 * a);
+    assert_eq!(part(&estimate, "update", "master_weights"), 4 * a);
+    assert_eq!(part(&estimate, "update", "gradients"), 4 * a);
+    assert_eq!(part(&estimate, "update", "moments"), 8 * a);
+    assert_eq!(part(&estimate, "update", "head_gradient"), 0, "the head is frozen");
+    assert_eq!(part(&estimate, "rollout", "quantized"), part(&all.estimate(), "rollout", "quantized"));
+    let of_b = 8192 * 2 * 32 * 7;
+    let without = Demand { has_reference: false, ..all }.estimate();
+    let inside = |e: &MemoryEstimate| part(e, "update", "activations");
+    assert!(inside(&estimate) <= inside(&without) + of_b);
 }
 
 #[test]
