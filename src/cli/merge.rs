@@ -3,13 +3,11 @@
 use std::path::PathBuf;
 
 use serde_json::json;
-use tch::{Device, Kind};
 
 use super::quantize::check_output;
 use super::{Global, common};
 use crate::model::checkpoint::{atomic_directory, resolve_model_path};
-use crate::model::config::Qwen2Config;
-use crate::model::load::{load_model, save_model};
+use crate::model::load::save_merged;
 use crate::model::lora;
 use crate::{Result, bail_input};
 
@@ -33,13 +31,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     }
     check_output(&adapter, &args.output)?;
     let base = args.base.as_deref().map_or_else(|| lora::base_of(&adapter), resolve_model_path)?;
-    // In f32 both are exact; the sum is rounded once, to the dtype that the base is stored in.
-    let mut model = load_model(&base, Device::Cpu, Some(Kind::Float))?;
-    lora::load(&mut model, &adapter)?;
-    let adapters = model.adapters().count() / 2;
-    lora::merge(&mut model)?;
-    let dtype = Qwen2Config::from_dir(&base)?.dtype;
-    atomic_directory(&args.output, |dir| save_model(&model, dtype, Some(&base), dir))?;
+    let mut adapters = 0;
+    atomic_directory(&args.output, |dir| {
+        adapters = save_merged(&adapter, &base, dir)?;
+        Ok(())
+    })?;
     if global.json {
         let output = args.output.display().to_string();
         return super::print(json!({"base": base, "adapters": adapters, "output": output}));

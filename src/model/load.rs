@@ -136,6 +136,17 @@ pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir
     Ok(())
 }
 
+/// Writes into `dir` the model in `base` with the adapter in `adapter` added to its weights; returns how many linears that were.
+/// In f32 both are exact; the sum is rounded once, to the dtype that the base is stored in.
+pub fn save_merged(adapter: &Path, base: &Path, dir: &Path) -> Result<usize> {
+    let mut model = load_model(base, Device::Cpu, Some(Kind::Float))?;
+    lora::load(&mut model, adapter)?;
+    let adapters = model.adapters().count() / 2;
+    lora::merge(&mut model)?;
+    save_model(&model, Qwen2Config::from_dir(base)?.dtype, Some(base), dir)?;
+    Ok(adapters)
+}
+
 pub fn stored_dtype(dtype: Dtype) -> StoredDtype {
     match dtype {
         Dtype::F32 => StoredDtype::F32,

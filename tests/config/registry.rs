@@ -4,6 +4,7 @@ use super::load;
 use temper::config::Config;
 use temper::inject::plan::{InjectionPlan, ModuleKind, ModulePlan};
 use temper::inject::schedule::SigmaSchedule;
+use temper::inject::section::InjectPhase;
 use temper::model::config::Qwen2Config;
 use temper::model::lora::{all_modules, elements};
 use temper::model::section::Projection;
@@ -50,6 +51,8 @@ fn every_row_of_the_registry_resolves_to_what_it_says() {
         row("w4a4_mxfp4", 58, 0, Rmsnorm, off, 0.0, Some("mxfp4")),
         row("w4a4_nvfp4", 58, 0, Rmsnorm, off, 0.0, Some("nvfp4")),
         row("e5", 116, 0, Rmsnorm, off, 0.05, None),
+        row("e5_forward", 116, 0, Rmsnorm, off, 0.05, None),
+        row("e5_backward", 116, 0, Rmsnorm, off, 0.05, None),
         row("e5a", 116, 57, Rmsnorm, (0.05, 5e-4, 12), 0.05, None),
         row("e5b", 116, 57, Rmsnorm, (0.05, 5e-4, 20), 0.05, None),
         row("e5c", 116, 57, Rmsnorm, e5c, 0.05, None),
@@ -159,6 +162,17 @@ fn lora_rows_are_their_base_with_adapters() {
     // PEFT's count of trainable parameters of this adapter on Qwen2.5-1.5B.
     let shapes = Qwen2Config::preset("qwen2.5-1.5b").unwrap();
     assert_eq!(elements(&shapes, &load("mxfp4_lora.yaml").model.lora.unwrap()), 36_929_536);
+}
+
+/// Between them every phase has the error once.
+#[test]
+fn forward_and_backward_error_are_the_two_halves_of_e5() {
+    let phases = |file: &str| plan(&load(file)).matmul_phases;
+    let [forward, backward] = ["e5_forward.yaml", "e5_backward.yaml"].map(phases);
+    for phase in InjectPhase::ALL {
+        assert_eq!(backward.contains(phase), phase == InjectPhase::Backward);
+        assert_ne!(forward.contains(phase), backward.contains(phase), "{phase:?}");
+    }
 }
 
 /// "off or AQN": the W4A4 files carry mxfp4_aqn's schedule, switched off.

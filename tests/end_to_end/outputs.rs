@@ -5,7 +5,9 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::support::{assert_same_run, config, files, model, names, run_dir, stderr_of, succeed, temper, train_args};
+use crate::support::{
+    assert_same_run, config, files, model, names, rows, run_dir, stderr_of, succeed, temper, train_args,
+};
 
 fn json(args: &[&str]) -> Value {
     let text = succeed(args);
@@ -150,5 +152,38 @@ fn stdout_that_is_full_or_closed() {
         let output = temper(args).stdout(writer).output().unwrap();
         let stderr = stderr_of(&output);
         assert!(!stderr.contains("panicked") && !stderr.contains("error: "), "{args:?}: {stderr}");
+    }
+}
+
+/// The best checkpoint is that of `trainer.best_metric`, the newest of equals; by default of the run's own condition. Its score
+/// says which metric that was.
+#[test]
+fn the_best_checkpoint_is_the_best_by_the_metric_that_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "
+trainer: {save_every: 1, val_every: 1, keep_last: 1, keep_best: 1}
+data: {generated: {val_problems: 40}}
+optimizer: {lr: 5e-4}
+noisy_ops: {error_scale: 0.1}
+reward: {mode: numeric}";
+    let path = config(dir.path(), "best", lines);
+    for (metric, set) in [("val/acc_noisy", None), ("val/acc_clean", Some("trainer.best_metric=val/acc_clean"))] {
+        let out = dir.path().join(metric.replace('/', "_"));
+        let mut args = train_args(&path, &out);
+        args.extend(set.iter().flat_map(|set| ["--set".to_string(), set.to_string()]));
+        succeed(&args);
+        let run = run_dir(&out);
+        let metrics = rows(&run.join("metrics.jsonl"));
+        let validated = metrics.iter().filter(|row| row["kind"] == "val" && row["step"] != 0);
+        let scores: Vec<(f64, u64)> =
+            validated.map(|row| (row[metric].as_f64().unwrap(), row["step"].as_u64().unwrap())).collect();
+        let &(best, step) = scores.iter().max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).unwrap();
+        assert!(scores.iter().any(|(score, _)| *score < best), "{metric}: there is a choice");
+        let mut kept = [step, 12].map(|step| format!("step_{step:06}")).to_vec();
+        kept.dedup();
+        assert_eq!(names(&run.join("checkpoints")), kept, "{metric}");
+        let marker = std::fs::read(run.join(format!("checkpoints/step_{step:06}/trainer/checkpoint.json"))).unwrap();
+        let marker: Value = serde_json::from_slice(&marker).unwrap();
+        assert_eq!((marker["score"]["metric"].as_str(), marker["score"]["value"].as_f64()), (Some(metric), Some(best)));
     }
 }
