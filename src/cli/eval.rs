@@ -71,6 +71,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         scorer: &scorer,
         max_new_tokens: recipe.data.max_response_tokens,
         batching: recipe.validation_batching(),
+        warn: &|line| console.warn(line),
     };
     let injector_of = |config: &Config| {
         // Quantized weights of another format may lie beside the clean ones.

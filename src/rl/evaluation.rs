@@ -109,6 +109,8 @@ pub struct Evaluation<'a> {
     pub scorer: &'a Scorer,
     pub max_new_tokens: usize,
     pub batching: Batching,
+    /// Told that decoding goes another way than it was to.
+    pub warn: &'a dyn Fn(&str),
 }
 
 impl Evaluation<'_> {
@@ -124,8 +126,11 @@ impl Evaluation<'_> {
             })
             .collect();
         let (sampling, stop_ids) = (Sampling::greedy(), &self.model.config.eos_token_ids);
-        let request =
-            Request { batching: self.batching, ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling) };
+        let request = Request {
+            batching: self.batching,
+            warn: self.warn,
+            ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
+        };
         let completions = generate(self.model, &request, pass, progress)?;
         let decode = |c: &Completion| self.tokenizer.decode(c.sequence.response());
         let texts = completions.iter().map(decode).collect::<Result<Vec<String>>>()?;

@@ -315,6 +315,7 @@ impl<'a> Run<'a> {
             scorer: &self.scorer,
             max_new_tokens: self.recipe.data.max_response_tokens,
             batching: self.recipe.validation_batching(),
+            warn: &|line| console.warn(line),
         };
         let mut results = Vec::new();
         for condition in conditions {
