@@ -14,7 +14,6 @@ use crate::inject::injector::Injector;
 use crate::model::calibration;
 use crate::model::checkpoint::{Checkpoint, resolve_model_path};
 use crate::model::config::Qwen2Config;
-use crate::model::lora::home_of;
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::format::Format;
@@ -107,7 +106,7 @@ pub fn model_config(config: &Config) -> Result<(Qwen2Config, Option<PathBuf>)> {
     match (&config.model.path, &config.model.preset) {
         (Some(path), _) => {
             let dir = resolve_model_path(path)?;
-            Ok((Qwen2Config::from_dir(&home_of(&dir, "config.json")?)?, Some(dir)))
+            Ok((Qwen2Config::from_dir(&dir)?, Some(dir)))
         }
         (None, Some(preset)) => Ok((Qwen2Config::preset(preset)?, None)),
         (None, None) => {
@@ -122,7 +121,7 @@ pub fn workload(config: &Config, training: bool) -> Result<Workload> {
     let mut scratch = None;
     let tokenizer_dir = match (&config.model.tokenizer, model_dir) {
         (Some(path), _) => resolve_model_path(path).map_err(|e| e.at("model.tokenizer"))?,
-        (None, Some(dir)) => home_of(&dir, "tokenizer.json")?,
+        (None, Some(dir)) => dir,
         (None, None) if config.data.kind == DataKind::Generated => {
             let dir = tempfile::tempdir().map_err(|e| Error::io(std::env::temp_dir(), e))?;
             generated::write_tokenizer(dir.path())?;

@@ -9,8 +9,7 @@ use serde_json::{Value, json};
 use super::eval_robustness::{self as robustness, Injected, injected};
 use super::{Global, common, results};
 use crate::config::Config;
-use crate::model::load::{kind_of, load_model};
-use crate::model::lora;
+use crate::model::load::{ModelSource, kind_of};
 use crate::rl::evaluation::{Answer, Condition, Evaluation};
 use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::check_lengths;
@@ -21,6 +20,9 @@ use crate::{Error, Result, bail_input};
 pub struct Args {
     /// A model directory (or a hub id in the local cache)
     pub model: String,
+    /// The base model of an adapter, where it lies elsewhere than adapter_config.json says
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<String>,
     /// Data, reward, noise and quantization come from this configuration
     #[arg(long)]
     pub config: PathBuf,
@@ -44,7 +46,10 @@ pub struct Args {
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let mut config = crate::config::load(&args.config, &args.overrides)?;
-    config.model.path = Some(args.model.clone());
+    let source = ModelSource::of(&args.model, args.base.as_deref())?;
+    let home = |file: &str| Some(source.home_of(file).display().to_string());
+    config.model.path = home("config.json");
+    config.model.tokenizer = config.model.tokenizer.or_else(|| home("tokenizer.json"));
     let cells = robustness::cells(args, &config)?;
     if let Some(parent) = args.plot.as_deref().and_then(std::path::Path::parent).filter(|p| !p.as_os_str().is_empty()) {
         std::fs::read_dir(parent).map_err(|e| Error::io(parent, e).at("--plot"))?;
@@ -52,15 +57,13 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let device = common::device(global, config.trainer.threads)?;
     let console = common::console(global);
     let workload = common::workload(&config, false)?;
-    let dir = crate::model::checkpoint::resolve_model_path(&args.model)?;
     // Formats on top of weights that are rounded already would be read as formats.
-    let weights = if lora::is_adapter(&dir) { lora::base_of(&dir)? } else { dir.clone() };
     if args.formats.iter().any(|format| format != "none")
-        && crate::model::config::quantization::PackedLayout::of_dir(&weights)?.is_some()
+        && crate::model::config::quantization::PackedLayout::of_dir(source.weights())?.is_some()
     {
         bail_input!("--formats: {}: its weights are packed; expected the model that it was made from", args.model);
     }
-    let model = load_model(&dir, device, Some(kind_of(config.model.dtype)))?;
+    let model = source.load(device, Some(kind_of(config.model.dtype)))?;
     let recipe = common::recipe(&config);
     check_lengths(&recipe, &workload, &model.config)?;
     let scorer = Scorer::new(&recipe.reward)?;
@@ -77,7 +80,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         // Quantized weights of another format may lie beside the clean ones.
         model.invalidate();
         let mut injector = common::recipe(config).injector(&model.module_specs())?;
-        common::set_activation_amax(&mut injector, &model, &dir, config, &workload, &console)?;
+        common::set_activation_amax(&mut injector, &model, &source.dir, config, &workload, &console)?;
         Ok::<_, Error>(injector)
     };
     let n = workload.val.len() as u64;

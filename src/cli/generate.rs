@@ -13,6 +13,9 @@ use crate::{Result, bail_input};
 pub struct Args {
     /// A model directory (or a hub id in the local cache)
     pub model: String,
+    /// The base model of an adapter, where it lies elsewhere than adapter_config.json says
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<String>,
     /// A user turn, rendered in the model's chat template where it has one
     #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
     pub prompt: Option<String>,
@@ -43,7 +46,7 @@ pub struct Args {
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     check(args)?;
-    let loaded = prompt::load(&args.model, args.prompt.is_some(), global)?;
+    let loaded = prompt::load(&args.model, args.base.as_deref(), args.prompt.is_some(), global)?;
     let model = &loaded.model;
     let ids = match (&args.ids, &args.prompt, &loaded.tokenizer) {
         (Some(ids), ..) => prompt::parse_ids(ids, model.config.vocab_size)?,

@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::quantize::check_output;
 use super::{Global, common};
-use crate::model::checkpoint::{atomic_directory, resolve_model_path};
-use crate::model::load::save_merged;
+use crate::model::checkpoint::atomic_directory;
+use crate::model::load::ModelSource;
 use crate::model::lora;
 use crate::{Result, bail_input};
 
@@ -25,21 +25,20 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let adapter = resolve_model_path(&args.adapter)?;
-    if !lora::is_adapter(&adapter) {
+    let source = ModelSource::of(&args.adapter, args.base.as_deref())?;
+    if !lora::is_adapter(&source.dir) {
         bail_input!("{}: found no {}, expected the directory of an adapter", args.adapter, lora::ADAPTER_CONFIG);
     }
-    check_output(&adapter, &args.output)?;
-    let base = args.base.as_deref().map_or_else(|| lora::base_of(&adapter), resolve_model_path)?;
+    check_output(&source.dir, &args.output)?;
     let mut adapters = 0;
     atomic_directory(&args.output, |dir| {
-        adapters = save_merged(&adapter, &base, dir)?;
+        adapters = source.save_merged(dir)?;
         Ok(())
     })?;
     if global.json {
         let output = args.output.display().to_string();
-        return super::print(json!({"base": base, "adapters": adapters, "output": output}));
+        return super::print(json!({"base": source.weights(), "adapters": adapters, "output": output}));
     }
-    common::console(global).note(&format!("base {}", base.display()));
+    common::console(global).note(&format!("base {}", source.weights().display()));
     super::print(format!("{adapters} adapters added; wrote {}", args.output.display()))
 }

@@ -1,11 +1,7 @@
 //! The input of `generate` and `score`: text or ids, and the model that reads them.
 
-use std::path::Path;
-
 use super::{Global, common};
-use crate::model::checkpoint::resolve_model_path;
-use crate::model::load::{load_for_inference, random_preset};
-use crate::model::lora::home_of;
+use crate::model::load::{ModelSource, random_preset};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::{Result, bail_input, input_error};
@@ -16,15 +12,15 @@ pub struct Loaded {
     pub tokenizer: Option<Tokenizer>,
 }
 
-/// `needs_tokenizer`: text goes in, so its absence is an error.
-pub fn load(model: &str, needs_tokenizer: bool, global: &Global) -> Result<Loaded> {
+/// `base`: of an adapter, where it lies elsewhere. `needs_tokenizer`: text goes in, so its absence is an error.
+pub fn load(model: &str, base: Option<&str>, needs_tokenizer: bool, global: &Global) -> Result<Loaded> {
     let device = common::device(global, None)?;
-    let dir = resolve_model_path(model)?;
-    let model = load_for_inference(&dir, device)?;
-    let dir = home_of(&dir, "tokenizer.json")?;
+    let source = ModelSource::of(model, base)?;
+    let model = source.load_for_inference(device)?;
+    let dir = source.home_of("tokenizer.json");
     let has_tokenizer = dir.join("tokenizer.json").exists();
     let tokenizer = match needs_tokenizer || has_tokenizer {
-        true => Some(Tokenizer::from_dir(Path::new(&dir))?.with_model_vocab_size(model.config.vocab_size)?),
+        true => Some(Tokenizer::from_dir(dir)?.with_model_vocab_size(model.config.vocab_size)?),
         false => None,
     };
     Ok(Loaded { model, tokenizer })

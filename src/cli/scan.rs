@@ -188,7 +188,7 @@ fn scan(args: &Args, global: &Global, formats: &[Format], dirs: (&Path, Option<&
     if needs_model {
         let loaded = match &args.preset {
             Some(preset) => prompt::of_preset(preset, args.seed, global)?,
-            None => prompt::load(&dir.to_string_lossy(), false, global)?,
+            None => prompt::load(&dir.to_string_lossy(), None, false, global)?,
         };
         let (model, tokenizer) = (&loaded.model, loaded.tokenizer.as_ref());
         if args.faults || args.fault_table {

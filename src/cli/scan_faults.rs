@@ -61,7 +61,7 @@ pub fn faults(
     let mut bar = console.progress("faults, layers", (arms.len() * layers) as u64);
     let mut found = Vec::new();
     for arm in arms {
-        let plan = arm.map(|arm| injecting_all(&model.config.modules(), arm)).transpose()?;
+        let plan = arm.map(|arm| injecting_all(&model.module_specs(), arm)).transpose()?;
         let injector = plan.map(|plan| Injector::applying(plan.clone(), plan, 1));
         model.invalidate();
         let (clean, device) = (Device::new(model, None, None)?, Device::new(model, injector.as_ref(), planted)?);

@@ -10,6 +10,9 @@ use crate::{Result, bail_input};
 pub struct Args {
     /// A model directory (or a hub id in the local cache)
     pub model: String,
+    /// The base model of an adapter, where it lies elsewhere than adapter_config.json says
+    #[arg(long, value_name = "DIR")]
+    pub base: Option<String>,
     /// Text, encoded without chat template
     #[arg(long, required_unless_present = "ids", conflicts_with = "ids")]
     pub text: Option<String>,
@@ -19,7 +22,7 @@ pub struct Args {
 }
 
 pub fn run(args: &Args, global: &Global) -> Result<()> {
-    let loaded = prompt::load(&args.model, args.text.is_some(), global)?;
+    let loaded = prompt::load(&args.model, args.base.as_deref(), args.text.is_some(), global)?;
     let ids = match (&args.ids, &args.text, &loaded.tokenizer) {
         (Some(ids), ..) => prompt::parse_ids(ids, loaded.model.config.vocab_size)?,
         (None, Some(text), Some(tokenizer)) => tokenizer.encode(text)?,

@@ -73,8 +73,10 @@ impl InjectionPlan {
         let noise_filter = Filter::new("noisy_ops", &noise.target_modules, &noise.exclude_modules);
         let quant_filter = Filter::new("fake_quant", &quant.target_modules, &quant.exclude_modules);
         let mut unmatched = Vec::new();
+        // Adapters stand last, and only the error reaches them.
+        let own = specs.iter().position(|spec| spec.kind == ModuleKind::Adapter).map_or(specs, |first| &specs[..first]);
         if aqn.enabled {
-            aqn_filter.check(specs, &mut unmatched)?;
+            aqn_filter.check(own, &mut unmatched)?;
             if let Some(config) = multipliers::in_force(aqn) {
                 let last = config.layer_multipliers.keys().next_back().copied();
                 check_layer("noise_injection.layer_sigma_config.layer_multipliers", last, layers)?;
@@ -85,7 +87,7 @@ impl InjectionPlan {
             check_layer("noisy_ops.layers", noise.layers.last(), layers)?;
         }
         if quant.enabled {
-            quant_filter.check(specs, &mut unmatched)?;
+            quant_filter.check(own, &mut unmatched)?;
             check_layer("fake_quant.exclude_layers", quant.exclude_layers.last(), layers)?;
         }
 
@@ -126,6 +128,11 @@ impl InjectionPlan {
         }
         if noise.enabled && noise.error_scale > 0.0 && modules.iter().all(|m| m.matmul_error == 0.0) {
             return Err(none("noisy_ops", "matmul noise"));
+        }
+        let adapters = &modules[own.len()..];
+        let wanted = noise.enabled && noise.adapters && noise.error_scale > 0.0 && !adapters.is_empty();
+        if wanted && adapters.iter().all(|m| m.matmul_error == 0.0) {
+            return Err(none("noisy_ops.adapters", "the error of adapters"));
         }
         if quant.enabled && modules.iter().all(|m| m.weight_format.is_none() && m.activation_format.is_none()) {
             return Err(none("fake_quant", "quantization"));
@@ -224,12 +231,16 @@ impl<'a> Filter<'a> {
     }
 }
 
-/// A pattern on the name, or the name of a kind: `rmsnorm`, `linear`.
+/// A pattern on the name, or the name of a kind: `rmsnorm`, `linear`. What selects a linear selects its adapter.
 fn selects_module(pattern: &str, spec: &ModuleSpec) -> bool {
+    let is_adapter = spec.kind == ModuleKind::Adapter;
     match pattern.to_ascii_lowercase().as_str() {
         "rmsnorm" => spec.kind == ModuleKind::Rmsnorm,
-        "linear" => spec.kind == ModuleKind::Linear,
-        _ => pattern_matches(pattern, &spec.name),
+        "linear" => spec.kind == ModuleKind::Linear || is_adapter,
+        _ => {
+            let linear = spec.name.rsplit_once('.').map_or("", |(linear, _)| linear);
+            pattern_matches(pattern, &spec.name) || is_adapter && pattern_matches(pattern, linear)
+        }
     }
 }
 

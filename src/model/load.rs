@@ -1,9 +1,10 @@
 //! A model from a directory or from a seed, and back to a directory that transformers loads.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tch::{Device, Kind, Tensor};
 
+use super::calibration;
 use super::checkpoint::{Checkpoint, StoredDtype, TensorSpec, TensorView, resolve_model_path, write_model_dir};
 use super::config::Qwen2Config;
 use super::lora::{self, Lora};
@@ -20,25 +21,78 @@ pub fn kind_of(dtype: Dtype) -> Kind {
     }
 }
 
-/// Loads a model directory, or an adapter's with its base; packed weights are dequantized. `kind` None: the dtype that
-/// config.json names.
-pub fn load_model(dir: &Path, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
-    if lora::is_adapter(dir) {
-        let mut model = load_model(&lora::base_of(dir)?, device, kind)?;
-        lora::load(&mut model, dir)?;
-        return Ok(model);
+/// Where the files of a model lie: its directory, or an adapter's and that of the adapter's base.
+pub struct ModelSource {
+    pub dir: PathBuf,
+    base: Option<PathBuf>,
+}
+
+impl ModelSource {
+    /// `name` as for `resolve_model_path`; `base`: of an adapter, in place of the one that adapter_config.json names.
+    ///
+    /// # Errors
+    /// What is not on this machine; a base without adapter, or that is one.
+    pub fn of(name: &str, base: Option<&str>) -> Result<ModelSource> {
+        let dir = resolve_model_path(name)?;
+        let base = match (lora::is_adapter(&dir), base) {
+            (false, None) => None,
+            (false, Some(_)) => {
+                bail_input!("--base: {name} holds no {}, expected an adapter", lora::ADAPTER_CONFIG)
+            }
+            (true, base) => Some(lora::base_of(&dir, base)?),
+        };
+        Ok(ModelSource { dir, base })
     }
+
+    /// The directory of the model's own weights.
+    pub fn weights(&self) -> &Path {
+        self.base.as_deref().unwrap_or(&self.dir)
+    }
+
+    /// The directory where `file` is to be read: an adapter's where it has one, else its base's (PEFT writes no config.json).
+    pub fn home_of(&self, file: &str) -> &Path {
+        if self.dir.join(file).exists() { &self.dir } else { self.weights() }
+    }
+
+    /// The model, with its adapter beside it.
+    pub fn load(&self, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
+        let mut model = load_model(self.weights(), device, kind)?;
+        if self.base.is_some() {
+            lora::load(&mut model, &self.dir)?;
+        }
+        Ok(model)
+    }
+
+    /// As [`load`](ModelSource::load), for looking at a model rather than training it: f32 on a CPU, where bf16 products only
+    /// cost accuracy, and the checkpoint's dtype on a GPU.
+    pub fn load_for_inference(&self, device: Device) -> Result<Qwen2> {
+        self.load(device, (device == Device::Cpu).then_some(Kind::Float))
+    }
+
+    /// Writes into `dir` a model whose weights have the adapter added, with the tokenizer and the calibration that lie beside
+    /// the adapter; returns how many linears that were. In f32 both are exact; the sum is rounded once, to the dtype that
+    /// the base is stored in.
+    pub fn save_merged(&self, dir: &Path) -> Result<usize> {
+        let mut model = self.load(Device::Cpu, Some(Kind::Float))?;
+        let adapters = model.adapters().count() / 2;
+        lora::merge(&mut model)?;
+        let dtype = Qwen2Config::from_dir(self.weights())?.dtype;
+        save_model(&model, dtype, Some(self.home_of("tokenizer.json")), dir)?;
+        let (from, to) = (self.dir.join(calibration::FILE), dir.join(calibration::FILE));
+        if from.exists() {
+            std::fs::copy(&from, &to).map_err(|e| Error::io(&from, e))?;
+        }
+        Ok(adapters)
+    }
+}
+
+/// Loads a model directory; packed weights are dequantized. `kind` None: the dtype that config.json names.
+pub fn load_model(dir: &Path, device: Device, kind: Option<Kind>) -> Result<Qwen2> {
     let config = Qwen2Config::from_dir(dir)?;
     let checkpoint = Checkpoint::open(dir)?;
     checkpoint.check(&config)?;
     let kind = kind.unwrap_or(kind_of(config.dtype));
     Qwen2::build(config, device, kind, |name, _| tensor_of(&checkpoint.parameter(name)?.view()))
-}
-
-/// As [`load_model`], for looking at a model rather than training it: f32 on a CPU, where bf16 products only cost
-/// accuracy, and the checkpoint's dtype on a GPU.
-pub fn load_for_inference(dir: &Path, device: Device) -> Result<Qwen2> {
-    load_model(dir, device, (device == Device::Cpu).then_some(Kind::Float))
 }
 
 /// Hugging Face's `initializer_range`.
@@ -134,17 +188,6 @@ pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir
         sink.write(&bytes)
     })?;
     Ok(())
-}
-
-/// Writes into `dir` the model in `base` with the adapter in `adapter` added to its weights; returns how many linears that were.
-/// In f32 both are exact; the sum is rounded once, to the dtype that the base is stored in.
-pub fn save_merged(adapter: &Path, base: &Path, dir: &Path) -> Result<usize> {
-    let mut model = load_model(base, Device::Cpu, Some(Kind::Float))?;
-    lora::load(&mut model, adapter)?;
-    let adapters = model.adapters().count() / 2;
-    lora::merge(&mut model)?;
-    save_model(&model, Qwen2Config::from_dir(base)?.dtype, Some(base), dir)?;
-    Ok(adapters)
 }
 
 pub fn stored_dtype(dtype: Dtype) -> StoredDtype {

@@ -12,7 +12,7 @@ mod peft;
 
 use tch::{Device, Kind, Tensor};
 
-pub use peft::{ADAPTER_CONFIG, base_of, home_of, is_adapter, load, save};
+pub use peft::{ADAPTER_CONFIG, base_of, is_adapter, load, save};
 
 use super::config::Qwen2Config;
 use super::linear::Linear;

@@ -322,7 +322,10 @@ pub fn optimizer_step(model: &mut Qwen2, optimizer: &mut AdamW, lr: f64) -> Resu
         for parameter in model.parameters_mut() {
             parameter.refresh()?;
         }
-        model.invalidate();
+        // A frozen base stays as it was quantized.
+        if model.lora.is_none() {
+            model.invalidate();
+        }
     }
     Ok(outcome)
 }

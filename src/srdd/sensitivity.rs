@@ -74,7 +74,7 @@ pub fn scan_sensitivity(
     progress: &mut dyn FnMut() -> Result<()>,
 ) -> Result<Sensitivity> {
     let _no_grad = tch::no_grad_guard();
-    let (layers, modules) = (model.config.num_hidden_layers, model.config.modules());
+    let (layers, modules) = (model.config.num_hidden_layers, model.module_specs());
     let firsts: Vec<usize> = (0..=layers.saturating_sub(window)).collect();
     let laid = prompts.iter().enumerate().map(|(number, ids)| Laid::new(ids, number, model));
     let laid = laid.collect::<Result<Vec<Laid>>>()?;

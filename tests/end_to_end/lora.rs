@@ -103,6 +103,10 @@ fn what_is_no_adapter_or_no_model_is_refused() {
         let text = refused(args);
         assert!(text.contains("found an adapter") && text.contains("temper merge"), "{text}");
     }
+    // What looks at the model as it computes takes the adapter along.
+    for scan in ["--sensitivity", "--faults"] {
+        succeed(&["scan", adapter, scan, "--format", "mxfp4", "--json", "--device", "cpu"]);
+    }
     let text = refused(&["merge", model().to_str().unwrap(), out]);
     assert!(text.contains("found no adapter_config.json"), "{text}");
     let text = refused(&["merge", adapter, model().to_str().unwrap()]);
@@ -114,10 +118,12 @@ fn what_is_no_adapter_or_no_model_is_refused() {
         ("use_dora", json!(true), ["use_dora: found true", "expected the default"]),
         ("bias", json!("all"), ["bias: found \"all\"", "expected the default"]),
         ("modules_to_save", json!(["lm_head"]), ["modules_to_save: found [\"lm_head\"]", "expected the default"]),
+        ("init_lora_weights", json!("pissa"), ["init_lora_weights: found \"pissa\"", "leaves the base as it is"]),
         ("peft_type", json!("IA3"), ["peft_type: found", "LORA"]),
         ("r", json!(5), ["lora_A.weight: found [4,", "expected [5,"]),
         ("lora_alpha", json!("x"), ["lora_alpha: found \"x\"", "expected a positive number"]),
-        ("base_model_name_or_path", json!("/nowhere"), ["base_model_name_or_path: /nowhere", "no such file"]),
+        ("base_model_name_or_path", json!("/nowhere"), ["base_model_name_or_path: /nowhere", "--base DIR"]),
+        ("base_model_name_or_path", json!(adapter), ["base_model_name_or_path", "found an adapter"]),
         ("base_model_name_or_path", Value::Null, ["base_model_name_or_path: missing", "expected"]),
     ] {
         let mut damaged = whole.clone();
@@ -132,7 +138,14 @@ fn what_is_no_adapter_or_no_model_is_refused() {
     let mut moved = whole.clone();
     moved["base_model_name_or_path"] = json!("/nowhere");
     std::fs::write(&path, moved.to_string()).unwrap();
-    succeed(&["merge", adapter, out, "--base", model().to_str().unwrap()]);
+    let base = model().to_str().unwrap();
+    succeed(&["score", adapter, "--ids", "1,2,3", "--base", base]);
+    succeed(&["eval", adapter, "--config", config, "--base", base, "--device", "cpu"]);
+    // The scales that were calibrated for it go along.
+    std::fs::write(checkpoint.join("activation_amax.json"), "{}").unwrap();
+    succeed(&["merge", adapter, out, "--base", base]);
+    assert!(Path::new(out).join("activation_amax.json").exists());
+    assert!(refused(&["score", base, "--ids", "1,2,3", "--base", base]).contains("expected an adapter"));
 
     std::fs::write(&path, whole.to_string()).unwrap();
     let weights = checkpoint.join("adapter_model.safetensors");

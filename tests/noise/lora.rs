@@ -13,6 +13,8 @@ use temper::model::section::{LoraSection, Projection};
 use temper::numerics::noise_key::Phase;
 use temper::ops::autograd::run_backward;
 use temper::ops::matmul_error::RowKeys;
+use temper::rl::optimizer::AdamW;
+use temper::rl::update::optimizer_step;
 
 use crate::support::{
     SEED, bits, floats, injector_of, largest_difference, model, noise_everywhere, sequences, trainable, uniform,
@@ -175,6 +177,59 @@ fn computing_blocks_again_changes_no_bit_of_an_adapter() {
     });
     assert!(found[0].0.iter().all(|(_, gradient)| gradient.iter().any(|bits| *bits != 0)));
     assert_eq!(found[0], found[1]);
+}
+
+/// An update moves the adapters; the quantized base stays the very tensor that it was.
+#[test]
+fn the_base_is_quantized_once() {
+    let mut model = trained(&Projection::ALL);
+    model.make_trainable().unwrap();
+    let injector = injector(&model, &NoisyOpsSection::default(), &mxfp4());
+    let pass = Pass { differentiable: true, ..Pass::injected(&injector, Phase::Update, RowKeys::new(vec![])) };
+    let quantized = |model: &Qwen2| -> Vec<usize> {
+        let linears = model.blocks.iter().flat_map(|b| b.linears());
+        linears.map(|l| l.site.quantized(&l.weight).data_ptr() as usize).collect()
+    };
+    gradients(&model, &pass, false);
+    let (before, a) = (quantized(&model), floats(model.adapters().next().unwrap().value()));
+    assert!(model.blocks[0].linears().iter().all(|linear| linear.site.is_quantized()));
+    model.set_update_number(1);
+    optimizer_step(&mut model, &mut AdamW::new(Default::default()).unwrap(), 1e-3).unwrap();
+    assert_ne!(bits(&a), bits(&floats(model.adapters().next().unwrap().value())));
+    assert_eq!(before, quantized(&model));
+}
+
+/// What selects a linear selects its adapter; quantization and AQN know of none, and a filter that leaves none is said.
+#[test]
+fn filters_reach_adapters_through_their_linears() {
+    let model = adapted(&[Projection::QProj, Projection::UpProj]);
+    let resolve = |noise: NoisyOpsSection, quant: &FakeQuantSection| {
+        InjectionPlan::resolve(&NoiseInjectionSection::default(), &noise, quant, &model.module_specs(), SEED)
+    };
+    let noise = |targets: &[&str], exclude: &[&str]| {
+        let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect::<Vec<_>>();
+        let target_modules = (!targets.is_empty()).then(|| names(targets));
+        NoisyOpsSection { adapters: true, target_modules, exclude_modules: names(exclude), ..noise_everywhere() }
+    };
+    let off = FakeQuantSection::default();
+    for (targets, exclude, expected) in [
+        (&[][..], &[][..], 8),
+        (&["linear"], &[], 8),
+        (&["q_proj"], &[], 4),
+        (&["*.q_proj"], &[], 4),
+        (&[], &["*.q_proj"], 4),
+        (&["lora_A"], &[], 4),
+        (&["layers.1"], &[], 4),
+    ] {
+        let plan = resolve(noise(targets, exclude), &off).unwrap();
+        let of_adapters = plan.modules.iter().filter(|m| m.kind == ModuleKind::Adapter && m.matmul_error > 0.0);
+        assert_eq!(of_adapters.count(), expected, "{targets:?} {exclude:?}");
+    }
+    let error = resolve(noise(&["k_proj"], &[]), &off).unwrap_err().to_string();
+    assert!(error.contains("noisy_ops.adapters: selects no module"), "{error}");
+    let of_adapters = FakeQuantSection { target_modules: Some(vec!["lora_A".into()]), ..mxfp4() };
+    let error = resolve(NoisyOpsSection::default(), &of_adapters).unwrap_err().to_string();
+    assert!(error.contains("fake_quant.target_modules: `lora_A` matches no module"), "{error}");
 }
 
 /// Only where `noisy_ops.adapters` says so do A's and B's products carry an error, each with a draw of its own.

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::model::lora::ADAPTER_CONFIG;
 use crate::{Result, bail_input};
 
 /// A directory or file that exists, else the snapshot of a hub id (`Qwen/Qwen2.5-1.5B-Instruct`) in the local
@@ -36,7 +37,8 @@ fn resolve_in(name: &str, cache: Option<&Path>) -> Result<PathBuf> {
 fn newest_snapshot(repository: &Path) -> Option<PathBuf> {
     let commit = std::fs::read_to_string(repository.join("refs").join("main")).ok()?;
     let snapshot = repository.join("snapshots").join(commit.trim());
-    snapshot.join("config.json").exists().then_some(snapshot)
+    let is_model = ["config.json", ADAPTER_CONFIG].iter().any(|file| snapshot.join(file).exists());
+    is_model.then_some(snapshot)
 }
 
 /// `organisation/name` in the characters the hub allows; anything else can only be a path.

@@ -70,17 +70,25 @@ fn to_json(lora: &Lora) -> Value {
     })
 }
 
-/// Where the base of the adapter in `dir` lies on this machine.
-pub fn base_of(dir: &Path) -> Result<PathBuf> {
+/// Where the base of the adapter in `dir` lies on this machine: `given`, or what adapter_config.json names.
+pub fn base_of(dir: &Path, given: Option<&str>) -> Result<PathBuf> {
     let path = dir.join(ADAPTER_CONFIG);
-    let json = read_json(&path)?;
-    let base = base_name(&json).map_err(|e| e.at(path.display()))?;
-    resolve_model_path(&base).map_err(|e| e.at(format!("{}: base_model_name_or_path", path.display())))
-}
-
-/// Where `file` of the model in `dir` is to be read: in `dir`, or beside an adapter's base where PEFT wrote none.
-pub fn home_of(dir: &Path, file: &str) -> Result<PathBuf> {
-    if is_adapter(dir) && !dir.join(file).exists() { base_of(dir) } else { Ok(dir.to_path_buf()) }
+    let (place, name) = match given {
+        Some(given) => ("--base".to_string(), given.to_string()),
+        None => {
+            let name = base_name(&read_json(&path)?).map_err(|e| e.at(path.display()))?;
+            (format!("{}: base_model_name_or_path", path.display()), name)
+        }
+    };
+    let hint = if given.is_none() { "; name it with --base DIR" } else { "" };
+    let base = resolve_model_path(&name).map_err(|e| match e {
+        Error::Input(message) => Error::Input(format!("{place}: {message}{hint}")),
+        other => other.at(&place),
+    })?;
+    if is_adapter(&base) {
+        bail_input!("{place}: found an adapter ({name}), expected a model");
+    }
+    Ok(base)
 }
 
 /// Puts the adapter in `dir` beside the linears of its base.
@@ -147,6 +155,12 @@ fn from_json(json: &Value, weights: &Checkpoint) -> Result<Lora> {
         if let Some(value) = keys.get(key).filter(|value| !is_off(value)) {
             bail_input!("{key}: found {value}, expected the default: this model does not compute it");
         }
+    }
+    // These change the base's weights as they begin, and again as they are loaded.
+    if let Some(Value::String(how)) = keys.get("init_lora_weights")
+        && !["gaussian", "eva", "orthogonal"].contains(&how.as_str())
+    {
+        bail_input!("init_lora_weights: found \"{how}\", expected one that leaves the base as it is");
     }
     let alpha = keys.positive("lora_alpha")?.ok_or_else(|| input_error!("lora_alpha: missing, expected a number"))?;
     // `target_modules` may be a pattern; the tensors say which linears it met.

@@ -11,7 +11,8 @@
 //!               + 4 e i              gate before and after SiLU, up, their product
 //!               + e r targets        what every adapter's B reads
 //! block_backward  2 e i + 3 e h      gradients that stand beside what is kept where down_proj's backward ends
-//! without_gradient  2 e h + max(2 e h + 3 e i, 16 h, 18 q + 3 e q)   residual; MLP, norm or rotation in f32
+//! without_gradient  2 e h + max(2 e h + 3 e i, 16 h, 18 q + 3 e q)   residual; MLP (with adapters e i more, B's product), norm
+//!                                    or rotation in f32
 //! residual        e h
 //! head_kept       h (8 + 2 e)        of each row that predicts: gathered rows, the final norm
 //! sampling        4 f32 of [rows, V], a mask and its i64 sum; 28 bytes an element more where rows are sorted
@@ -52,7 +53,8 @@ impl Pass<'_> {
 
     pub(super) fn without_gradient(&self, tokens: u64) -> u64 {
         let (h, i, q, e) = (self.h(), self.i(), self.q(), self.element_bytes);
-        let inside = (2 * e * h + 3 * e * i).max(16 * h).max(18 * q + 3 * e * q);
+        let of_b = if self.adapter_columns > 0 { e * i } else { 0 };
+        let inside = (2 * e * h + 3 * e * i + of_b).max(16 * h).max(18 * q + 3 * e * q);
         tokens * (2 * e * h + inside)
     }
 
