@@ -16,7 +16,7 @@ use crate::inject::schedule::SigmaSchedule;
 use crate::inject::section::PhaseSet;
 use crate::model::checkpoint::resolve_model_path;
 use crate::model::config::Qwen2Config;
-use crate::model::lora::all_modules;
+use crate::model::lora::{self, all_modules};
 use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
@@ -44,9 +44,9 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     let memory = Memory::of(&config, &shapes, &plan);
 
     let text = if global.json {
-        to_json(&config, &schedule, &plan, &memory).to_string()
+        to_json(&config, &shapes, &schedule, &plan, &memory).to_string()
     } else {
-        format!("{}\n{}", to_text(&config, &schedule, &plan, global.verbose > 0), memory.text())
+        format!("{}\n{}", to_text(&config, &shapes, &schedule, &plan, global.verbose > 0), memory.text())
     };
     super::print(text.trim_end())?;
     if !global.quiet {
@@ -98,7 +98,13 @@ pub fn shapes(config: &Config) -> Result<Qwen2Config> {
     }
 }
 
-fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, memory: &Memory) -> Value {
+fn to_json(
+    config: &Config,
+    shapes: &Qwen2Config,
+    schedule: &SigmaSchedule,
+    plan: &InjectionPlan,
+    memory: &Memory,
+) -> Value {
     let sigma: Vec<Value> = (1..=schedule.total_steps())
         .map(|step| json!({"step": step, "epoch": schedule.epoch(step), "sigma": schedule.sigma(step), "stage": schedule.stage(step)}))
         .collect();
@@ -110,13 +116,20 @@ fn to_json(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, memo
         "sigma": sigma,
         "modules": plan.modules,
         "activation_scale": plan.activation_scale,
+        "lora": trained_adapters(config, shapes),
         "unused_keys": schedule.unused_keys(),
         "notices": notices(schedule, plan),
         "memory": memory.json(),
     })
 }
 
-fn to_text(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, every_module: bool) -> String {
+fn to_text(
+    config: &Config,
+    shapes: &Qwen2Config,
+    schedule: &SigmaSchedule,
+    plan: &InjectionPlan,
+    every_module: bool,
+) -> String {
     let mut text = format!(
         "{} ({}): {} steps = {} epochs x {}\n\n",
         config.name,
@@ -131,6 +144,10 @@ fn to_text(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, ever
         PhaseSet::ALL => "all".to_string(),
         set => set.iter().map(name_of).collect::<Vec<_>>().join(", "),
     };
+    if let (Some(lora), Some(of)) = (&config.model.lora, trained_adapters(config, shapes)) {
+        let (trained, all) = (&of["trained_parameters"], &of["parameters"]);
+        text += &format!("LoRA: rank {}, alpha {}; {trained} of {all} parameters are trained\n", lora.rank, lora.alpha);
+    }
     if !plan.matmul_phases.is_empty() {
         text += &format!(
             "matmul error: {}; phases {}; draw {}; dW {}\n",
@@ -155,6 +172,19 @@ fn to_text(config: &Config, schedule: &SigmaSchedule, plan: &InjectionPlan, ever
         text += &format!("AQN: {count} modules; applied to {}\n", name_of(plan.aqn_apply_to));
     }
     text
+}
+
+/// What `model.lora` trains; None without it.
+fn trained_adapters(config: &Config, shapes: &Qwen2Config) -> Option<Value> {
+    let lora = config.model.lora.as_ref()?;
+    let trained = lora::elements(shapes, lora);
+    Some(json!({
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "targets": lora.targets,
+        "trained_parameters": trained,
+        "parameters": shapes.parameter_count() + trained,
+    }))
 }
 
 /// A row per run of steps with one sigma.

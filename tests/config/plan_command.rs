@@ -100,7 +100,7 @@ fn unused_keys_and_reproduced_defects_are_said() {
     assert_eq!(json["modules"].as_array().unwrap().last().unwrap()["matmul_error"], 0.05);
 }
 
-/// Every row of the registry that needs no adapter, as a user sees it: steps, modules with AQN, error, formats.
+/// Every row of the registry, as a user sees it: steps, modules with AQN, error, formats.
 #[test]
 fn every_row_of_the_registry_has_a_plan() {
     let dir = tempfile::tempdir().unwrap();
@@ -128,6 +128,11 @@ fn every_row_of_the_registry_has_a_plan() {
         ("dapo", 58, 0, "", clean),
         ("dr_grpo", 58, 0, "", clean),
         ("gspo", 58, 0, "", clean),
+        ("mxfp4_lora", 58, 0, "alpha 16; 36929536 of 1580643840 parameters", clean),
+        ("nvfp4_lora", 58, 0, "mlp.down_proj.lora_B", "mxfp4 "),
+        ("dapo_lora", 58, 0, "LoRA: rank 32", "fake quantization"),
+        ("e5_forward", 116, 0, "phases rollout, validation, old_logprobs, ref_logprobs, forward;", "mxfp4"),
+        ("e5_backward", 116, 0, "phases backward;", "mxfp4"),
     ] {
         let file = registry_file(&format!("{name}.yaml")).display().to_string();
         let output = temper(dir.path(), &["plan", &file, "--steps-per-epoch", "58"]);

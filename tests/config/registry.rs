@@ -4,7 +4,7 @@ use super::load;
 use temper::config::Config;
 use temper::inject::plan::{InjectionPlan, ModuleKind, ModulePlan};
 use temper::inject::schedule::SigmaSchedule;
-use temper::inject::section::InjectPhase;
+use temper::inject::section::{InjectPhase, PhaseSet};
 use temper::model::config::Qwen2Config;
 use temper::model::lora::{all_modules, elements};
 use temper::model::section::Projection;
@@ -146,6 +146,7 @@ fn lora_rows_are_their_base_with_adapters() {
         assert!(plan.frozen_base && plan.notices.is_empty(), "{name}");
         let (own, adapters) = plan.modules.split_at(of_base.modules.len());
         assert_eq!(adapters.len(), 2 * 7 * 28, "{name}");
+        assert_eq!(plan.quant_phases, if weights.is_some() { PhaseSet::ALL } else { PhaseSet::EMPTY }, "{name}");
         let untouched = |m: &ModulePlan| (m.aqn_multiplier, m.matmul_error, m.weight_format, m.activation_format);
         assert!(adapters.iter().all(|m| untouched(m) == (0.0, 0.0, None, None)), "{name}");
         for module in own {
