@@ -147,7 +147,7 @@ impl InjectionPlan {
             dw_draw: noise.dw_draw,
             aqn_apply_to: aqn.apply_to,
             aqn_enabled: aqn.enabled,
-            frozen_base: specs.iter().any(|spec| spec.kind == ModuleKind::Adapter),
+            frozen_base: own.len() < specs.len(),
             activation_scale: quant.activation_scale.unwrap_or(ActivationScale::Token),
             share_tensor_scale: quant.share_tensor_scale,
             notices: notices(aqn, noise, quant).into_iter().chain(unmatched).collect(),

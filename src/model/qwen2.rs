@@ -278,7 +278,8 @@ impl Qwen2 {
     }
 
     /// Counts an update. The quantized copies are dropped even if the weights stayed as they were (a skipped update):
-    /// what they are may depend on the number alone, or a resumed run would differ.
+    /// what they are may depend on the number alone, or a resumed run would differ. A base beside adapters counts none: it is
+    /// quantized once.
     pub fn set_update_number(&mut self, updates: u32) {
         if self.lora.is_none() {
             self.update_number = updates;

@@ -53,6 +53,8 @@ pub fn save(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir: &Pat
 
 fn to_json(lora: &Lora) -> Value {
     let LoraSection { rank, alpha, targets } = &lora.section;
+    // PEFT declares a whole number, and some readers insist.
+    let alpha = if alpha.fract() == 0.0 { json!(*alpha as i64) } else { json!(alpha) };
     json!({
         "base_model_name_or_path": lora.base,
         "bias": "none",
