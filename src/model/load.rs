@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Kind, Tensor};
 
 use super::calibration;
-use super::checkpoint::{Checkpoint, StoredDtype, TensorSpec, TensorView, resolve_model_path, write_model_dir};
+use super::checkpoint::{
+    Checkpoint, StoredDtype, TensorBytes, TensorSpec, TensorView, resolve_model_path, write_model_dir,
+    write_safetensors,
+};
 use super::config::Qwen2Config;
 use super::lora::{self, Lora};
 use super::qwen2::Qwen2;
@@ -181,10 +184,8 @@ pub fn save_model(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir
         })
         .collect();
     write_model_dir(dir, &config, tokenizer_dir, &specs, |index, sink| {
-        let parameter = parameters[index];
-        let exact = parameter.master().unwrap_or_else(|| parameter.value().shallow_clone());
         let mut bytes = Vec::new();
-        append_bytes(&exact.f_to_kind(kind_of(dtype))?, &mut bytes)?;
+        append_bytes(&parameters[index].exact().f_to_kind(kind_of(dtype))?, &mut bytes)?;
         sink.write(&bytes)
     })?;
     Ok(())
@@ -195,6 +196,20 @@ pub fn stored_dtype(dtype: Dtype) -> StoredDtype {
         Dtype::F32 => StoredDtype::F32,
         Dtype::Bf16 => StoredDtype::BF16,
     }
+}
+
+/// Writes named f32 tensors into one .safetensors file.
+pub fn write_f32(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    let entries = tensors
+        .iter()
+        .map(|(name, tensor)| {
+            let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
+            let mut data = Vec::new();
+            append_bytes(tensor, &mut data)?;
+            Ok(TensorBytes { spec: TensorSpec::new(name.as_str(), StoredDtype::F32, &shape), data: data.into() })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    write_safetensors(path, &entries)
 }
 
 /// Appends the tensor's little-endian row-major bytes.

@@ -50,11 +50,8 @@ impl Adapter {
 
     /// (alpha / r) B A in f32, [out, in].
     fn product(&self) -> Result<Tensor> {
-        let exact = |linear: &Linear| {
-            let weight = &linear.weight;
-            weight.master().unwrap_or_else(|| weight.value().f_to_kind(Kind::Float).unwrap_or_default())
-        };
-        Ok(exact(&self.b).f_mm(&exact(&self.a))?.f_mul_scalar(self.scale)?)
+        let [a, b] = [&self.a, &self.b].map(|linear| linear.weight.exact().f_to_kind(Kind::Float));
+        Ok(b?.f_mm(&a?)?.f_mul_scalar(self.scale)?)
     }
 }
 

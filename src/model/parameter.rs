@@ -62,6 +62,11 @@ impl Parameter {
         self.master.as_ref().map(Tensor::detach)
     }
 
+    /// The value before it was rounded for the products: the master, or where frozen the value itself.
+    pub fn exact(&self) -> Tensor {
+        self.master().unwrap_or_else(|| self.value.shallow_clone())
+    }
+
     /// The accumulated f32 gradient; None where frozen or where nothing arrived.
     pub fn gradient(&self) -> Option<Tensor> {
         match (&self.gradient, &self.master) {

@@ -13,8 +13,8 @@ use super::microbatch::Halvings;
 use super::optimizer::{AdamW, AdamWCounters};
 use crate::inject::plan::InjectionPlan;
 use crate::model::calibration;
-use crate::model::checkpoint::{Checkpoint, StoredDtype, TensorBytes, TensorSpec, write_safetensors};
-use crate::model::load::{append_bytes, save_model, tensor_of};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::load::{save_model, tensor_of, write_f32};
 use crate::model::qwen2::Qwen2;
 use crate::model::section::Dtype;
 use crate::ops::profile::span;
@@ -93,17 +93,4 @@ pub fn restore_activation_amax(checkpoint: &Path, plan: &InjectionPlan) -> Resul
     calibration::read(checkpoint, plan)?.ok_or_else(|| {
         input_error!("{}: no such file: the checkpoint is damaged", checkpoint.join(calibration::FILE).display())
     })
-}
-
-fn write_f32(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let entries = tensors
-        .iter()
-        .map(|(name, tensor)| {
-            let shape: Vec<usize> = tensor.size().iter().map(|&d| d as usize).collect();
-            let mut data = Vec::new();
-            append_bytes(tensor, &mut data)?;
-            Ok(TensorBytes { spec: TensorSpec::new(name.as_str(), StoredDtype::F32, &shape), data: data.into() })
-        })
-        .collect::<Result<Vec<_>>>()?;
-    write_safetensors(path, &entries)
 }

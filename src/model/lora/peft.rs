@@ -7,15 +7,13 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use tch::Device;
+use tch::{Device, Kind, Tensor};
 
 use super::{Lora, attach};
-use crate::model::checkpoint::{
-    Checkpoint, StoredDtype, TensorBytes, TensorSpec, resolve_model_path, write_json, write_model_config,
-    write_safetensors,
-};
+use crate::model::checkpoint::{Checkpoint, resolve_model_path, write_json, write_model_config};
 use crate::model::config::{Keys, read_json};
-use crate::model::load::{append_bytes, tensor_of};
+use crate::model::load::{tensor_of, write_f32};
+use crate::model::parameter::Parameter;
 use crate::model::qwen2::Qwen2;
 use crate::model::section::{Dtype, LoraSection, Projection};
 use crate::{Error, Result, bail_input, input_error};
@@ -35,16 +33,10 @@ pub fn save(model: &Qwen2, dtype: Dtype, tokenizer_dir: Option<&Path>, dir: &Pat
     let Some(lora) = &model.lora else {
         return Err(Error::Runtime("the model has no adapters".into()));
     };
-    let mut tensors = Vec::new();
-    for parameter in model.adapters() {
-        let exact = parameter.master().unwrap_or_else(|| parameter.value().shallow_clone());
-        let shape: Vec<usize> = exact.size().iter().map(|&d| d as usize).collect();
-        let mut data = Vec::new();
-        append_bytes(&exact.f_to_kind(tch::Kind::Float)?, &mut data)?;
-        let spec = TensorSpec::new(format!("{PREFIX}{}", parameter.name), StoredDtype::F32, &shape);
-        tensors.push(TensorBytes { spec, data: data.into() });
-    }
-    write_safetensors(&dir.join(WEIGHTS), &tensors)?;
+    let exact = |parameter: &Parameter| -> Result<(String, Tensor)> {
+        Ok((format!("{PREFIX}{}", parameter.name), parameter.exact().f_to_kind(Kind::Float)?))
+    };
+    write_f32(&dir.join(WEIGHTS), &model.adapters().map(exact).collect::<Result<Vec<_>>>()?)?;
     write_json(&dir.join(ADAPTER_CONFIG), &to_json(lora))?;
     let mut config = model.config.clone();
     config.dtype = dtype;
