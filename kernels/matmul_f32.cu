@@ -27,7 +27,7 @@ TEMPER_DEVICE void load_tile(float* tile, const float* from, uint32_t rows, uint
 TEMPER_KERNEL(matmul_f32, MatmulArgs, 2) {
   __shared__ float a[kStep * kRowsOfTile];
   __shared__ float b[kStep * kColumnsOfTile];
-  __shared__ double scratch[kWarps];
+  __shared__ double scratch[kWarps * kNoiseSums];
   const uint32_t first_m = blockIdx.x / args.tiles_n * kRowsOfTile, first_n = blockIdx.x % args.tiles_n * kColumnsOfTile;
   const uint32_t row = threadIdx.x / 4, first = threadIdx.x % 4 * 2;
   float sum[2][16] = {};

@@ -4,8 +4,8 @@
 //   relative_gaussian  fma(|y|, RN(s z), y)     absolute_gaussian  y + RN(s z)     systematic_bias  y + s sign(y)
 //
 // AQN is absolute_gaussian on a weight: w' = w + RN(m sigma z). One thread has one (row, 64-column block, q) at a time:
-// 16 columns and one Philox call (normal.cuh). What was injected is summed in f64 on the way, thread, warp, block, then one
-// atomicAdd a block: the last bits of the sums depend on the order of blocks, the outputs' do not.
+// 16 columns and one Philox call (normal.cuh). What was injected is summed on the way, thread, warp, block, then one atomicAdd a
+// block: the last bits of the sums depend on the order of blocks, the outputs' do not.
 
 #include "columns.cuh"
 
@@ -32,7 +32,7 @@ enum NoiseFlags : uint32_t {
 struct NoiseBatch {
   uint32_t count, law;
   uint64_t seed;
-  double* sums;  // [count, kNoiseSums], added to; or null
+  double* sums;  // [count, kNoiseSlots, kNoiseStride], added to; or null
   NoiseTensor tensors[62];
 };
 static_assert(sizeof(NoiseBatch) <= 4096, "kernel arguments");
@@ -62,7 +62,7 @@ TEMPER_DEVICE void noise_tile(const NoiseBatch& batch, uint32_t tensor, double* 
     Out* out = static_cast<Out*>(t.out) + uint64_t(row) * t.cols;
     finish_columns<kIsWhole>(columns, key, out, first, t.cols, true, y, sums);
   }
-  if (is_measured) add_noise_sums<kWarps>(sums, scratch, batch.sums + tensor * kNoiseSums);
+  if (is_measured) add_noise_sums<kWarps>(sums, scratch, batch.sums + tensor * (kNoiseSlots * kNoiseStride));
 }
 
 template <typename In, typename Out>
@@ -79,10 +79,10 @@ TEMPER_DEVICE void noise_body(const NoiseBatch& batch, double* scratch) {
 
 }  // namespace
 
-#define TEMPER_NOISE(name, In, Out)             \
-  TEMPER_KERNEL(name, NoiseBatch, 2) {             \
-    __shared__ double scratch[kWarps];          \
-    noise_body<In, Out>(args, scratch);         \
+#define TEMPER_NOISE(name, In, Out)                 \
+  TEMPER_KERNEL(name, NoiseBatch, 2) {              \
+    __shared__ double scratch[kWarps * kNoiseSums]; \
+    noise_body<In, Out>(args, scratch);             \
   }
 
 TEMPER_NOISE(noise_f32, float, float)

@@ -70,50 +70,88 @@ TEMPER_DEVICE void store_columns(T* row, uint32_t first, uint32_t cols, bool act
   }
 }
 
-// error = round(y' + bias) - round(y + bias).
+// error = round(y' + bias) - round(y + bias). A tensor's sums lie in kNoiseSlots places of kNoiseStride, to be added up: blocks
+// that end at the same time shall not wait for each other.
 enum NoiseSum { kNoise, kNoiseSquare, kCleanSquare, kCleanFourth, kNoisyElements, kNoiseSums };
+constexpr uint32_t kNoiseSlots = 16, kNoiseStride = 8;
+
+// The power of two at the greatest of 16 magnitudes: over it their squares and fourth powers stay in f32's range.
+struct Unit {
+  float value, inverse;
+
+  TEMPER_DEVICE Unit of(const float x[16]) {
+    float greatest = 0.0f;
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) greatest = fmaxf(greatest, magnitude(x[j]));
+    constexpr uint32_t kOne = 1u << 23, kLeast = kOne, kGreatest = 253 * kOne;
+    const uint32_t binade = bits_of(greatest) & kInfinityBits;
+    const uint32_t bits = binade < kLeast ? kLeast : binade > kGreatest ? kGreatest : binade;
+    return Unit{float_of(bits), float_of(254 * kOne - bits)};
+  }
+};
 
 struct NoiseSums {
   double sum[kNoisyElements];
   uint32_t elements;
 
-  // The difference of two rounded values that lie near each other is exact in f32; else it has f32's places.
-  __device__ void add(float clean, float noise) {
-    const double error = noise, square = double(clean) * double(clean);
-    sum[kNoise] += error;
-    sum[kNoiseSquare] += error * error;
-    sum[kCleanSquare] += square;
-    sum[kCleanFourth] += square * square;
+  // Of 16 columns, to the places of an f32, in f64 from then on: every element in f64 would cost more than its error.
+  __device__ void add(const float clean[16], const float error[16]) {
+    const Unit of_clean = Unit::of(clean), of_error = Unit::of(error);
+    float of[kNoisyElements] = {};
+#pragma unroll
+    for (uint32_t j = 0; j < 16; ++j) {
+      const float e = error[j] * of_error.inverse, y = clean[j] * of_clean.inverse, square = y * y;
+      of[kNoise] += e;
+      of[kNoiseSquare] = fmaf(e, e, of[kNoiseSquare]);
+      of[kCleanSquare] += square;
+      of[kCleanFourth] = fmaf(square, square, of[kCleanFourth]);
+    }
+    const double unit = of_error.value, clean_unit = of_clean.value, clean_square = clean_unit * clean_unit;
+    sum[kNoise] += of[kNoise] * unit;
+    sum[kNoiseSquare] += of[kNoiseSquare] * (unit * unit);
+    sum[kCleanSquare] += of[kCleanSquare] * clean_square;
+    sum[kCleanFourth] += of[kCleanFourth] * (clean_square * clean_square);
   }
 };
 
 template <bool kIsWhole, typename Out>
 TEMPER_DEVICE void add_to_sums(const Out* dtype, uint32_t first, uint32_t cols, const float clean[16],
                                const float exact[16], const float noisy[16], NoiseSums& sums) {
+  float y[16], error[16];
+  uint32_t elements = 16;
 #pragma unroll
-  for (uint32_t j = 0; j < 16; ++j) {
-    if (!kIsWhole && first + j / 2 * 8 + j % 2 >= cols) continue;
-    sums.add(clean[j], rounded(dtype, noisy[j]) - rounded(dtype, exact[j]));
-    if (!kIsWhole) ++sums.elements;
+  for (uint32_t j = 0; j < 16; j += 2) {
+    float with[2] = {noisy[j], noisy[j + 1]}, without[2] = {exact[j], exact[j + 1]};
+    round_pair(dtype, with[0], with[1]);
+    round_pair(dtype, without[0], without[1]);
+#pragma unroll
+    for (uint32_t i = 0; i < 2; ++i) {
+      // The difference of two rounded values that lie near each other is exact in f32; else it has f32's places.
+      y[j + i] = clean[j + i], error[j + i] = with[i] - without[i];
+      if (!kIsWhole && first + j / 2 * 8 + i >= cols) y[j + i] = 0.0f, error[j + i] = 0.0f, --elements;
+    }
   }
-  if (kIsWhole) sums.elements += 16;
+  sums.add(y, error);
+  sums.elements += elements;
 }
 
-// Adds the block's to sums [kNoiseSums]. Every thread must call; scratch [kWarps] is shared memory.
+// This block's place in [kNoiseSlots, kNoiseStride].
+TEMPER_DEVICE double* noise_slot(double* sums) { return sums + blockIdx.x % kNoiseSlots * kNoiseStride; }
+
+// Adds the block's to to [kNoiseSlots, kNoiseStride]; scratch [kWarps_ kNoiseSums]. As add_block_sums.
 template <uint32_t kWarps_>
 TEMPER_DEVICE void add_noise_sums(const NoiseSums& sums, double* scratch, double* to) {
-#pragma unroll
-  for (int s = 0; s < kNoiseSums; ++s) {
-    add_block<kWarps_>(s == kNoisyElements ? sums.elements : sums.sum[s], scratch, &to[s]);
-  }
+  const double values[kNoiseSums] = {sums.sum[kNoise], sums.sum[kNoiseSquare], sums.sum[kCleanSquare],
+                                     sums.sum[kCleanFourth], double(sums.elements)};
+  add_block_sums<kWarps_>(values, scratch, noise_slot(to));
 }
 
-// Adds a warp's. Every lane must call.
+// Adds the warp's to to [kNoiseSums] in its own shared memory. Every lane must call.
 TEMPER_DEVICE void add_warp_noise_sums(const NoiseSums& sums, double* to) {
 #pragma unroll
-  for (int s = 0; s < kNoiseSums; ++s) {
-    const double total = warp_sum(s == kNoisyElements ? double(sums.elements) : sums.sum[s]);
-    if (threadIdx.x % kWarpSize == 0) atomicAdd(&to[s], total);
+  for (uint32_t s = 0; s < kNoiseSums; ++s) {
+    const double total = warp_total(s == kNoisyElements ? double(sums.elements) : sums.sum[s]);
+    if (threadIdx.x % kWarpSize == s) to[s] += total;
   }
 }
 

@@ -60,11 +60,17 @@ TEMPER_DEVICE uint32_t narrowed_pair(const F16*, float low, float high) {
 #endif
 }
 
-// The value that a reader sees after rounding to the dtype.
+// The values that a reader sees after rounding to the dtype.
 TEMPER_DEVICE float rounded(const float*, float x) { return x; }
 template <typename T>
 TEMPER_DEVICE float rounded(const T* dtype, float x) {
   return widened(T{uint16_t(narrowed_pair(dtype, x, 0.0f))});
+}
+TEMPER_DEVICE void round_pair(const float*, float&, float&) {}
+template <typename T>
+TEMPER_DEVICE void round_pair(const T* dtype, float& low, float& high) {
+  const uint32_t pair = narrowed_pair(dtype, low, high);
+  low = widened(T{uint16_t(pair)}), high = widened(T{uint16_t(pair >> 16)});
 }
 
 TEMPER_DEVICE void store(float* out, uint64_t at, float x) { out[at] = x; }

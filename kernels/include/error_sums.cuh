@@ -11,6 +11,8 @@ enum ErrorSum {
   kErrorSums
 };
 
+constexpr uint32_t kErrorScratch = kWarps * kMaxError;
+
 // Of one thread.
 struct ErrorSums {
   double square_x, square_y, product, square_error, relative, max_error;
@@ -34,18 +36,11 @@ struct ErrorSums {
     max_error = error > max_error ? error : max_error;
   }
 
-  // Adds the block's to sums [kErrorSums]. Every thread must call; scratch [kWarps] is shared memory.
+  // Adds the block's to sums [kErrorSums]. Every thread must call; scratch [kErrorScratch] is shared memory.
   __device__ void finish(double* scratch, double* sums) const {
-    add_block(square_x, scratch, &sums[kSquareX]);
-    add_block(square_y, scratch, &sums[kSquareY]);
-    add_block(product, scratch, &sums[kProduct]);
-    add_block(square_error, scratch, &sums[kSquareError]);
-    add_block(relative, scratch, &sums[kRelative]);
-    add_block(elements, scratch, &sums[kElements]);
-    add_block(nonzero, scratch, &sums[kNonzero]);
-    add_block(deadzone, scratch, &sums[kDeadzone]);
-    add_block(saturated, scratch, &sums[kSaturated]);
-    add_block(nonfinite, scratch, &sums[kNonfinite]);
+    const double values[kMaxError] = {square_x, square_y, product, square_error, relative, double(elements), double(nonzero),
+                                      double(deadzone), double(saturated), double(nonfinite)};
+    add_block_sums<kWarps>(values, scratch, sums);
     unsigned long long bits;  // of magnitudes: ordered as they are
     memcpy(&bits, &max_error, 8);
 #pragma unroll

@@ -109,7 +109,7 @@ struct Quantizer {
     }
   }
 
-  // Every thread of the block must call; scratch [kWarps] is shared memory, used for error sums alone.
+  // Every thread of the block must call; scratch [kErrorScratch] is shared memory, used for error sums alone.
   __device__ void finish(double* scratch) {
     const uint32_t tensor = uint32_t(&t - batch.tensors);
     if (__any_sync(kFullWarp, nonfinite != 0)) {
@@ -267,7 +267,7 @@ TEMPER_DEVICE void fake_quant_squares(const FakeQuantBatch& batch, uint32_t* ama
     fake_quant_rows<T, Format, false>(args, nullptr);       \
   }                                                         \
   TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {         \
-    __shared__ double scratch[kWarps];                      \
+    __shared__ double scratch[kErrorScratch];               \
     fake_quant_rows<T, Format, true>(args, scratch);        \
   }
 
@@ -278,6 +278,6 @@ TEMPER_DEVICE void fake_quant_squares(const FakeQuantBatch& batch, uint32_t* ama
   }                                                                    \
   TEMPER_KERNEL(name##_errors, FakeQuantBatch, 2) {                    \
     __shared__ uint32_t amaxes[SquareTiles<Format::kBlock>::kScratch]; \
-    __shared__ double scratch[kWarps];                                 \
+    __shared__ double scratch[kErrorScratch];                          \
     fake_quant_squares<T, Format, true>(args, amaxes, scratch);          \
   }

@@ -180,8 +180,9 @@ struct Matmul : TileOfC<T, Tile> {
 #define TEMPER_MATMUL(name, T, Tile, a_k_last, b_k_last)                  \
   TEMPER_KERNEL_OF(name, MatmulArgs, Tile::kThreads, Tile::kResident) {   \
     TEMPER_DYNAMIC_SHARED(stages);                                        \
-    __shared__ double scratch[Tile::kWarps];                              \
-    Matmul<T, Tile, a_k_last, b_k_last> matmul(args);                     \
+    using Product = Matmul<T, Tile, a_k_last, b_k_last>;                  \
+    __shared__ double scratch[Product::kScratch];                         \
+    Product matmul(args);                                                 \
     matmul.multiply(shared_address(stages));                              \
     matmul.finish(reinterpret_cast<Words2*>(stages), scratch);            \
   }

@@ -20,11 +20,12 @@ template <uint32_t kTileN_, uint32_t kStages_, bool kAKLast, bool kBKLast>
 struct MatmulSm90 {
   static constexpr uint32_t kTileM = 128, kTileN = kTileN_, kStepK = 64, kStages = kStages_, kBlocks = 2;
   static constexpr uint32_t kThreads = 3 * kWarpgroup, kWarpsOfGroup = kWarpgroup / kWarpSize;
-  // Shared memory: stages, the sums of a tile on their way through the epilogue, barriers.
+  // Shared memory: stages, the sums of a tile on their way through the epilogue, barriers, each warp's sums of its noise.
   static constexpr uint32_t kBytesA = kTileM * kStepK * 2, kBytesB = kTileN * kStepK * 2, kStageBytes = kBytesA + kBytesB;
   static constexpr uint32_t kColumnBlocks = kTileN / 64, kItems = kTileM / 32 * kColumnBlocks;  // of a thread: (row, block)
   static constexpr uint32_t kSums = kStages * kStageBytes, kBarriers = kSums + kTileM * kTileN * 4;
-  static constexpr uint32_t kSharedBytes = kBarriers + (2 * kStages + 4) * 8;
+  static constexpr uint32_t kAfterBarriers = kBarriers + (2 * kStages + 4) * 8;
+  static constexpr uint32_t kTotals = 2 * kWarpsOfGroup * kNoiseSums, kSharedBytes = kAfterBarriers + kTotals * 8;
   // Boxes of a copy, (along the contiguous dimension) x (along the other).
   static constexpr uint32_t kBoxA = kAKLast ? kTileM : kStepK, kBoxB = kBKLast ? kTileN / kBlocks : kStepK / kBlocks;
 
@@ -32,11 +33,13 @@ struct MatmulSm90 {
   const MatmulArgs& args;
   Shared shared;
   Words2* sums;            // [kItems, 8, kWarpgroup]
+  double* totals;          // [2 kWarpsOfGroup, kNoiseSums]
   uint32_t rank, cluster, clusters, tiles, steps;
 
   __device__ MatmulSm90(const MatmulSm90Args& args_, uint8_t* memory) : all(args_), args(args_.rest) {
     shared = shared_address(memory);
     sums = reinterpret_cast<Words2*>(memory + kSums);
+    totals = reinterpret_cast<double*>(memory + kAfterBarriers);
     rank = cluster_rank();
     cluster = blockIdx.x / kBlocks, clusters = gridDim.x / kBlocks;
     tiles = args.tiles_m * args.tiles_n;  // of a cluster: kBlocks kTileM rows
@@ -55,7 +58,8 @@ struct MatmulSm90 {
       }
       fence_barriers();
     }
-    cluster_sync();  // both blocks' barriers are there
+    if (threadIdx.x < kTotals) totals[threadIdx.x] = 0.0;
+    cluster_sync();  // both blocks' barriers are there, and the totals' zeros
     const uint32_t warpgroup = threadIdx.x / kWarpgroup;
     if (warpgroup == 0) {
       give_registers<24>();
@@ -65,7 +69,12 @@ struct MatmulSm90 {
       multiply(warpgroup - 1);
     }
     // Nobody leaves while the other block may still write to it or arrive at its barriers.
-    cluster_sync();  // no test can see it: the shim's memory stays
+    cluster_sync();
+    // Once, not tile by tile: what all blocks add to one place would hold up the copies behind it.
+    if (args.sums == nullptr || threadIdx.x >= kNoiseSums) return;
+    double total = 0.0;
+    for (uint32_t i = threadIdx.x; i < kTotals; i += kNoiseSums) total += totals[i];
+    atomicAdd(noise_slot(args.sums) + threadIdx.x, total);
   }
 
  private:
@@ -114,13 +123,14 @@ struct MatmulSm90 {
   // Every other tile, `group` first.
   __device__ void multiply(uint32_t group) const {
     uint32_t first_step = group * steps, turn = 0;
+    double* of_warp = totals + (threadIdx.x / kWarpSize - kWarpsOfGroup) * kNoiseSums;
     for (uint32_t tile = cluster + group * clusters; tile < tiles; tile += 2 * clusters, turn ^= 1) {
       float sum[2][kTileN / 2];  // of 64 rows each
       // The first of group 0 waits for nobody, and group 1 for the one of group 0 before it.
       wait_barrier(may_multiply(group), group == 0 ? turn ^ 1 : turn);
       multiply_tile(Ring(first_step), group, sum);
       wait_barrier(may_finish(group), group == 0 ? turn ^ 1 : turn);
-      finish_tile(tile, sum);
+      finish_tile(tile, sum, of_warp);
       arrive(may_finish(group ^ 1));
       first_step += 2 * steps;
     }
@@ -165,7 +175,7 @@ struct MatmulSm90 {
   }
 
   // A loop over the thread's (row, block of 64 columns), whose sums pass through memory: unrolled, the code would be too long.
-  __device__ void finish_tile(uint32_t tile, const float (&sum)[2][kTileN / 2]) const {
+  __device__ void finish_tile(uint32_t tile, const float (&sum)[2][kTileN / 2], double* of_warp) const {
     const TilePlace place(tile, args.tiles_m, args.tiles_n);
     const uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize % kWarpsOfGroup;
     const uint32_t first_row = (place.m * kBlocks + rank) * kTileM + warp * 16 + lane / 4;
@@ -191,7 +201,7 @@ struct MatmulSm90 {
         finish_row<Bf16>(args, call, row, column, y, noise);
       }
     }
-    if (call.is_measured) add_warp_noise_sums(noise, args.sums);
+    if (call.is_measured) add_warp_noise_sums(noise, of_warp);
   }
 
   // Item by item, eight pairs of columns each, a warpgroup's threads side by side.

@@ -15,7 +15,7 @@ struct MatmulArgs {
   const float* bias;   // [n], or null
   uint64_t keys;       // with kKeyList the address of [m] u64 keys; else the key of row r is keys + r
   uint64_t seed;
-  double* sums;        // [kNoiseSums], added to; or null
+  double* sums;        // [kNoiseSlots, kNoiseStride], added to; or null
   float* partials;     // [tiles, splits, tile] f32 where splits > 1
   uint32_t* tickets;   // [tiles], zero before and after
   const uint8_t* scales;  // of a packed b: [n, blocks of k]
@@ -81,6 +81,7 @@ struct TileOfC {
   static constexpr uint32_t kBlocksM = Tile::kWarpM / 16, kBlocksN = 8;  // of mma, of a warp
   static constexpr uint32_t kRows = 2 * kBlocksM, kPairs = kBlocksN;     // of a thread, in the tile
   static constexpr uint32_t kSums = kRows * kPairs * Tile::kThreads;     // pairs of a tile
+  static constexpr uint32_t kScratch = Tile::kWarps * kNoiseSums + 1;    // the last for a ticket
 
   const MatmulArgs& args;
   uint32_t tile, split, first_m, first_n;  // of this block
@@ -104,7 +105,7 @@ struct TileOfC {
     return args.k - first_k() < args.split_k ? args.k : first_k() + args.split_k;
   }
 
-  // The error, the bias and the rounding; every thread of the block must call. `stages` is free by now; scratch [kWarps] is
+  // The error, the bias and the rounding; every thread of the block must call. `stages` is free by now; scratch [kScratch] is
   // shared memory. A loop over the thread's rows, whose sums pass through memory: unrolled, as registers would want it, the
   // code would not fit the instruction cache.
   __device__ void finish(Words2* stages, double* scratch) {
@@ -167,7 +168,7 @@ struct TileOfC {
 
   // Whether all other splits of the tile have written their sums; the same in all threads.
   __device__ bool is_last_split(double* scratch) const {
-    uint32_t* ticket = reinterpret_cast<uint32_t*>(scratch);
+    uint32_t* ticket = reinterpret_cast<uint32_t*>(&scratch[kScratch - 1]);
     __threadfence();
     __syncthreads();  // every thread's sums are visible before the ticket is drawn (no test can see it: blocks run in turns)
     if (threadIdx.x == 0) *ticket = atomicAdd(&args.tickets[tile], 1u);

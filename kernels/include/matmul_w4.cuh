@@ -171,8 +171,9 @@ struct MatmulW4 : TileOfC<Bf16, Tile> {
 #define TEMPER_MATMUL_W4(name, Packed, Tile)                              \
   TEMPER_KERNEL_OF(name, MatmulArgs, Tile::kThreads, Tile::kResident) {   \
     TEMPER_DYNAMIC_SHARED(stages);                                        \
-    __shared__ double scratch[Tile::kWarps];                              \
-    MatmulW4<Packed, Tile> matmul(args);                                  \
+    using Product = MatmulW4<Packed, Tile>;                               \
+    __shared__ double scratch[Product::kScratch];                         \
+    Product matmul(args);                                                 \
     matmul.multiply(shared_address(stages));                              \
     matmul.finish(reinterpret_cast<Words2*>(stages), scratch);            \
   }

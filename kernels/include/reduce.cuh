@@ -25,23 +25,22 @@ TEMPER_DEVICE T warp_sum(T value) {
   return value;  // complete in lane 0
 }
 
-// The sum over a block of kWarps_ warps, complete in thread 0. scratch [kWarps_] is shared memory; every thread must call.
-template <uint32_t kWarps_ = kWarps>
-TEMPER_DEVICE double block_sum(double value, double* scratch) {
+// Adds the sums of several values over a block of kWarps_ warps to to[kCount], in one instruction: additions to one place come one
+// after the other, however many blocks ask. scratch [kWarps_ kCount] is shared memory of nobody else's; every thread must call.
+template <uint32_t kWarps_, uint32_t kCount>
+TEMPER_DEVICE void add_block_sums(const double (&values)[kCount], double* scratch, double* to) {
   const uint32_t lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  value = warp_sum(value);
-  __syncthreads();  // an earlier sum's readers are done with scratch
-  if (lane == 0) scratch[warp] = value;
+#pragma unroll
+  for (uint32_t s = 0; s < kCount; ++s) {
+    const double of_warp = warp_sum(values[s]);
+    if (lane == 0) scratch[warp * kCount + s] = of_warp;
+  }
   __syncthreads();
-  value = warp == 0 && lane < kWarps_ ? scratch[lane] : 0.0;
-  return warp == 0 ? warp_sum(value) : 0.0;
-}
-
-// Adds the sum over a block to *sum; as block_sum.
-template <uint32_t kWarps_ = kWarps>
-TEMPER_DEVICE void add_block(double value, double* scratch, double* sum) {
-  const double total = block_sum<kWarps_>(value, scratch);
-  if (threadIdx.x == 0) atomicAdd(sum, total);
+  if (threadIdx.x >= kCount) return;
+  double total = scratch[threadIdx.x];
+#pragma unroll
+  for (uint32_t w = 1; w < kWarps_; ++w) total += scratch[w * kCount + threadIdx.x];
+  atomicAdd(&to[threadIdx.x], total);
 }
 
 // The sums over the warp, in every lane; a butterfly, so that all lanes have the same bits.

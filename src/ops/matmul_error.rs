@@ -116,7 +116,7 @@ struct SinkState {
 struct Sums {
     calls: u64,
     on_host: NoiseSums,
-    on_device: Option<Tensor>, // f64 [1, noise::SUMS]
+    on_device: Option<Tensor>, // of noise::new_sums
 }
 
 impl SumsSink {
@@ -136,7 +136,7 @@ impl SumsSink {
         if let Some(sums) = &newest.on_device {
             return Ok(sums.shallow_clone());
         }
-        let sums = Tensor::f_zeros([1, noise::SUMS], (Kind::Double, device))?;
+        let sums = noise::new_sums(1, device)?;
         newest.on_device = Some(sums.shallow_clone());
         Ok(sums)
     }
@@ -171,9 +171,9 @@ impl SumsSink {
         let on_device: Vec<&Tensor> = taken.iter().flatten().filter_map(|sums| sums.on_device.as_ref()).collect();
         let read = match on_device.is_empty() {
             true => Vec::new(),
-            false => Vec::<f64>::try_from(Tensor::f_cat(&on_device, 0)?.f_flatten(0, -1)?)?,
+            false => noise::read_sums(&Tensor::f_cat(&on_device, 0)?)?,
         };
-        let mut read = read.chunks_exact(noise::SUMS as usize);
+        let mut read = read.into_iter();
         let merged = taken.iter().map(|parts| {
             let mut all = (0, NoiseSums::default());
             for part in parts {
@@ -181,8 +181,7 @@ impl SumsSink {
                 all.1.merge(&part.on_host);
                 if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = part.on_device.as_ref().and(read.next())
                 {
-                    let (error_sq, clean_sq, clean_fourth) = (*error_sq, *clean_sq, *clean_fourth);
-                    all.1.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: *elements as u64 });
+                    all.1.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: elements as u64 });
                 }
             }
             all

@@ -55,7 +55,7 @@ pub fn perturb(weights: &[Perturbation], seed: u64) -> Result<Vec<Perturbed>> {
 
 fn on_device(gpu: &Gpu, weights: &[&Perturbation], seed: u64) -> Result<Vec<Perturbed>> {
     let Some(first) = weights.first() else { return Ok(Vec::new()) };
-    let sums = Tensor::f_zeros([weights.len() as i64, noise::SUMS], (Kind::Double, first.weight.device()))?;
+    let sums = noise::new_sums(weights.len() as i64, first.weight.device())?;
     let out = weights.iter().map(|w| Ok(w.weight.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
     let matrix = |t: &Tensor, w: &Perturbation| -> Result<Tensor> { Ok(t.f_view([w.keys.len() as i64, -1])?) };
     let views = weights.iter().zip(&out).map(|(w, out)| Ok((matrix(&w.weight.f_contiguous()?, w)?, matrix(out, w)?)));
@@ -66,11 +66,12 @@ fn on_device(gpu: &Gpu, weights: &[&Perturbation], seed: u64) -> Result<Vec<Pert
     });
     let matrices: Vec<Noisy> = noisy.collect();
     noise::add_noise(gpu, &Law { law: ErrorLaw::AbsoluteGaussian, seed, sums: Some(&sums) }, &matrices)?;
-    let read = Vec::<f64>::try_from(sums.f_flatten(0, -1)?)?;
-    let rows = read.chunks_exact(noise::SUMS as usize);
-    let perturbed = out.into_iter().zip(rows).map(|(weight, sums)| {
-        let (sum, sum_sq, elements) = (sums[0], sums[1], sums[4] as u64);
-        Perturbed { weight, elements, sum, sum_sq }
+    let read = noise::read_sums(&sums)?;
+    let perturbed = out.into_iter().zip(read).map(|(weight, [sum, sum_sq, _, _, elements])| Perturbed {
+        weight,
+        elements: elements as u64,
+        sum,
+        sum_sq,
     });
     Ok(perturbed.collect())
 }

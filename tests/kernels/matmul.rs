@@ -6,7 +6,7 @@ use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::generator;
 use temper::ops::cuda::launch::Executor;
 use temper::ops::cuda::matmul::{Choice, Layout, Product, matmul, prepare_as};
-use temper::ops::cuda::noise::{Destination, SUMS};
+use temper::ops::cuda::noise::{Destination, new_sums, read_sums};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
 
 use crate::host::{ORDERS, Shim};
@@ -172,7 +172,7 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
                 draw.law.apply(y[i], draw.scale, z)
             };
             let with_bias: Vec<f32> = (0..m * n).map(|i| noisy(i) + bias[i % n]).collect();
-            let (out, sums) = (clean.to_kind(kind), Tensor::zeros([1, SUMS], (Kind::Double, tch::Device::Cpu)));
+            let (out, sums) = (clean.to_kind(kind), new_sums(1, tch::Device::Cpu).unwrap());
             let product = Product {
                 bias: Some(&case.bias),
                 sums: Some(&sums),
@@ -183,7 +183,7 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
             assert_bits(&floats(&out), &expected, &format!("{kind:?} {choice:?}"));
             let exact = crate::support::rounded(&(0..m * n).map(|i| y[i] + bias[i % n]).collect::<Vec<_>>(), kind);
             let error_sq: f64 = expected.iter().zip(&exact).map(|(n, e)| f64::from(n - e).powi(2)).sum();
-            let found = Vec::<f64>::try_from(sums.view(-1)).unwrap();
+            let found = read_sums(&sums).unwrap()[0];
             assert!((found[1] - error_sq).abs() <= 1e-6 * error_sq, "{kind:?}: {} {error_sq}", found[1]);
             assert_eq!(found[4], (m * n) as f64, "{kind:?}: elements");
             // f32 from the same product, and added to what is there.

@@ -14,7 +14,7 @@ use temper::ops::cuda::decode_attention::{Heads, decode_attention};
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
 use temper::ops::cuda::launch::{Boxes, Executor, Launch, Properties, TensorMap};
 use temper::ops::cuda::matmul::{self, Layout, PackedWeight, Product, choices};
-use temper::ops::cuda::noise::{Destination, Law, Noisy, SUMS, add_noise};
+use temper::ops::cuda::noise::{Destination, Law, Noisy, add_noise, new_sums, read_sums};
 use temper::ops::cuda::rms_norm::{self, NormBackward};
 use temper::ops::cuda::sampling;
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
@@ -96,7 +96,7 @@ fn results(executor: &dyn Executor) -> Result<Made> {
         found.extend(made.dequantized.iter().chain(&made.amax).map(bytes));
         found.push(format!("{:?}", batch.error_sums()?).into_bytes());
     }
-    let (out, sums) = (x.empty_like(), Tensor::zeros([1, SUMS], (Kind::Double, Device::Cpu)));
+    let (out, sums) = (x.empty_like(), new_sums(1, Device::Cpu)?);
     let law = Law { law: ErrorLaw::RelativeGaussian, seed: 3, sums: Some(&sums) };
     let keys = RowKeys::consecutive(0, 40);
     let noisy = Noisy { y: &x, into: Destination::Store(&out), bias: None, keys: &keys, scale: 0.05, stream: 1 };
@@ -167,8 +167,7 @@ fn hopper_results(executor: &dyn Executor) -> Result<Made> {
     };
     let (a, b) = (matrix(m), matrix(n));
     // In bf16 neighbours exchange what they write, and so the two groups meet in the epilogue.
-    let (out, sums) =
-        (tensor(&vec![0.0; m * n], m, n, Kind::BFloat16), Tensor::zeros([1, SUMS], (Kind::Double, Device::Cpu)));
+    let (out, sums) = (tensor(&vec![0.0; m * n], m, n, Kind::BFloat16), new_sums(1, Device::Cpu)?);
     let draw = ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream: 9 };
     let product = Product {
         layout: Layout::Nt,
@@ -185,7 +184,7 @@ fn hopper_results(executor: &dyn Executor) -> Result<Made> {
     let choice = all.into_iter().find(|choice| choice.tile.is_hopper && choice.tile.n == 128).unwrap();
     matmul::prepare_as(executor, &product, choice)?.run(executor)?;
     // Their order depends on that of the threads.
-    let sums = Vec::<f64>::try_from(sums.view(-1)).unwrap().iter().map(|s| *s as f32).collect::<Vec<f32>>();
+    let sums = read_sums(&sums)?[0].map(|s| s as f32);
     Ok(vec![bytes(&out), format!("{sums:?}").into_bytes()])
 }
 

@@ -11,7 +11,7 @@ use crate::numerics::error_law::ErrorLaw;
 use crate::numerics::format::Format;
 use crate::ops::cuda::launch::Prepared;
 use crate::ops::cuda::matmul::{Layout, PACKED_K, PackedWeight, Product, prepare, prepare_as};
-use crate::ops::cuda::noise::{Destination, SUMS};
+use crate::ops::cuda::noise::{Destination, new_sums};
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 
 const SCALE: f32 = 0.05;
@@ -92,7 +92,7 @@ impl Linear {
         let (dy, dx) = (some(backward, (tokens, out))?, some(backward, (tokens, inner))?);
         let dw = w.iter().take(dy.len()).map(|w| Ok(w.f_zeros_like()?.f_to_kind(Kind::Float)?));
         let dw = dw.collect::<Result<Vec<Tensor>>>()?;
-        let sums = Tensor::f_zeros([1, SUMS], (Kind::Double, device.executor.device()))?;
+        let sums = new_sums(1, device.executor.device())?;
         let (keys, rows_of_w) = (RowKeys::new((0..tokens as u64).collect()), RowKeys::consecutive(0, out));
         Ok(Linear { sizes: (tokens, out, inner), x, w, y, dy, dx, dw, keys, rows_of_w, sums })
     }

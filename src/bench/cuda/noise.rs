@@ -8,7 +8,7 @@ use crate::bench::timing::{Runner, in_turns};
 use crate::bench::{Options, Row};
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Prepared;
-use crate::ops::cuda::noise::{Destination, Law, Noisy, SUMS, prepare};
+use crate::ops::cuda::noise::{Destination, Law, Noisy, new_sums, prepare};
 use crate::ops::matmul_error::RowKeys;
 
 const SCALE: f32 = 0.05;
@@ -32,7 +32,7 @@ fn product(device: &OnDevice, shape: (usize, usize)) -> Result<Vec<Row>> {
     let out = y.iter().map(|y| Ok(y.f_empty_like()?.f_to_kind(Kind::BFloat16)?)).collect::<Result<Vec<Tensor>>>()?;
     let copies = y.iter().map(|y| Ok(y.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
     let keys = RowKeys::new((0..shape.0 as u64).collect());
-    let sums = Tensor::f_zeros([1, SUMS], (Kind::Double, device.executor.device()))?;
+    let sums = new_sums(1, device.executor.device())?;
     let calls = |sums: Option<&Tensor>| -> Result<Vec<Prepared>> {
         let call = |(y, out): (&Tensor, &Tensor)| {
             let into = Destination::Store(out);
@@ -77,7 +77,7 @@ fn aqn(device: &OnDevice) -> Result<Vec<Row>> {
     let ones = |_| Ok(Tensor::f_ones([1, size as i64], (Kind::Float, place))?);
     let weights = (0..count).map(ones).collect::<Result<Vec<Tensor>>>()?;
     let out = weights.iter().map(|w| Ok(w.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
-    let sums = Tensor::f_zeros([count as i64, SUMS], (Kind::Double, place))?;
+    let sums = new_sums(count as i64, place)?;
     let keys = RowKeys::consecutive(1 << 32, 1);
     let noisy = weights.iter().zip(&out).enumerate().map(|(number, (y, out))| {
         let into = Destination::Store(out);

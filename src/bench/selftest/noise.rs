@@ -1,13 +1,13 @@
 //! noise.cu: the error of a matrix product, every law and pair of dtypes, with and without bias, stored and added; and AQN
 //! on a batch of weights.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{Check, Compared, HUGE_ELEMENTS, Sizes, enter, inputs};
 use crate::Result;
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Executor;
-use crate::ops::cuda::noise::{Destination, Law, Noisy, SUMS, add_noise};
+use crate::ops::cuda::noise::{Destination, Law, Noisy, add_noise, new_sums, read_sums};
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_product, finish_product};
 use crate::ops::perturb::{Perturbation, perturb};
 
@@ -77,7 +77,7 @@ impl Case {
         let device = executor.device();
         let (y, bias_there) = (self.y.f_to_device(device)?, self.bias.f_to_device(device)?);
         let out = Tensor::f_empty(y.size(), (kind, device))?;
-        let sums = Tensor::f_zeros([1, SUMS], (Kind::Double, device))?;
+        let sums = new_sums(1, device)?;
         let noisy = Noisy {
             y: &y,
             into: Destination::Store(&out),
@@ -93,13 +93,14 @@ impl Case {
         let expected = finish_product(self.y.copy(), bias, Some(&draw), &self.keys, Some(&sink), out_kind)?;
         // From f32, which holds the sum unrounded, one rounding as well.
         compared.tensors(&out, &expected.f_to_kind(kind)?)?;
-        let found = Vec::<f64>::try_from(sums.f_flatten(0, -1)?)?;
-        for (_, sums) in SumsSink::take_all(&[sink])? {
-            compared.counts(found[4] as u64, sums.elements);
-            compared.near(found[2], sums.clean_sq, 1e-10);
-            compared.near(found[3], sums.clean_fourth, 1e-10);
+        for ((_, expected), [_, error_sq, clean_sq, clean_fourth, elements]) in
+            SumsSink::take_all(&[sink])?.into_iter().zip(read_sums(&sums)?)
+        {
+            compared.counts(elements as u64, expected.elements);
+            compared.near(clean_sq, expected.clean_sq, 1e-6);
+            compared.near(clean_fourth, expected.clean_fourth, 1e-6);
             if kind != Kind::Half {
-                compared.near(found[1], sums.error_sq, 1e-6);
+                compared.near(error_sq, expected.error_sq, 1e-6);
             }
         }
         Ok(())
@@ -134,15 +135,14 @@ fn aqn(executor: &dyn Executor, kind: Kind, compared: &mut Compared) -> Result<(
     let expected = perturb(&perturbations, SEED)?;
     let there = weights.iter().map(|w| Ok(w.f_to_device(executor.device())?)).collect::<Result<Vec<Tensor>>>()?;
     let out = there.iter().map(|w| Ok(w.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
-    let sums = Tensor::f_zeros([weights.len() as i64, SUMS], (Kind::Double, executor.device()))?;
+    let sums = new_sums(weights.len() as i64, executor.device())?;
     let noisy = there.iter().zip(&out).zip(&perturbations).map(|((y, out), p)| {
         let into = Destination::Store(out);
         Noisy { y, into, bias: None, keys: &p.keys, scale: p.scale, stream: p.stream }
     });
     let noisy: Vec<Noisy> = noisy.collect();
     add_noise(executor, &Law { law: ErrorLaw::AbsoluteGaussian, seed: SEED, sums: Some(&sums) }, &noisy)?;
-    let found = Vec::<f64>::try_from(sums.f_to_device(Device::Cpu)?.f_flatten(0, -1)?)?;
-    for ((out, expected), sums) in out.iter().zip(&expected).zip(found.chunks_exact(SUMS as usize)) {
+    for ((out, expected), sums) in out.iter().zip(&expected).zip(read_sums(&sums)?) {
         compared.tensors(out, &expected.weight)?;
         compared.near(sums[1], expected.sum_sq, 1e-6);
         compared.counts(sums[4] as u64, expected.elements);

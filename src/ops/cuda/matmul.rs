@@ -14,11 +14,11 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::launch::{Executor, Needs, Prepared, Properties};
-use super::noise::{Destination, SUMS};
+use super::noise::{Destination, sums_pointer};
 use crate::numerics::format::Format;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 use crate::{Error, Result};
-use hopper::hopper_choices;
+use hopper::{choose_hopper, hopper_choices};
 use kernel::Call;
 pub use measured::{MeasuredChoice, choices_of_others, read_choices};
 pub use packed::PackedWeight;
@@ -63,7 +63,7 @@ pub struct Product<'a> {
     pub bias: Option<&'a Tensor>, // [n] f32; not with `Add`
     pub error: Option<&'a ErrorDraw>,
     pub keys: &'a RowKeys, // [m]; read where there is an error
-    /// f64 [1, SUMS], added to: what the error was.
+    /// Of `noise::new_sums` of one matrix, added to: what the error was.
     pub sums: Option<&'a Tensor>,
 }
 
@@ -129,7 +129,7 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
     let null = std::ptr::null_mut();
     let (scales, amax) = packed.map_or(Ok((null, null)), |format| product.scales(format, device))?;
     let bias = product.bias.map_or(Ok(null), |bias| needs("matmul: bias", Kind::Float, &[n], bias))?;
-    let sums = product.sums.map_or(Ok(null), |sums| needs("matmul: sums", Kind::Double, &[1, SUMS], sums))?;
+    let sums = product.sums.map_or(Ok(null), |sums| sums_pointer("matmul: sums", sums, 1, device))?;
     let mut memory: Vec<Tensor> = [product.a, product.b, out].map(Tensor::shallow_clone).into();
     memory.extend([product.bias, product.sums].into_iter().flatten().map(Tensor::shallow_clone));
     let of_b = product.scales.map_or([None, None], |scales| [Some(scales.of_blocks), scales.amax]);
@@ -189,8 +189,11 @@ impl Product<'_> {
             Kind::BFloat16 => measured::choice(&properties.name, self.layout, sizes),
             _ => None,
         };
-        let usable = measured.filter(|choice| !choice.tile.is_hopper || properties.is_hopper && self.fits_hopper());
-        Ok(usable.unwrap_or_else(|| choose(self.layout, self.a.kind(), sizes, properties.multiprocessors)))
+        let fits_hopper = properties.is_hopper && self.fits_hopper();
+        let usable = measured.filter(|choice| !choice.tile.is_hopper || fits_hopper);
+        let of_hopper = || choose_hopper(sizes, properties.multiprocessors).filter(|_| fits_hopper);
+        let of_any = || choose(self.layout, self.a.kind(), sizes, properties.multiprocessors);
+        Ok(usable.or_else(of_hopper).unwrap_or_else(of_any))
     }
 
     /// All choices, the plainest first.

@@ -38,12 +38,32 @@ pub enum Destination<'a> {
 pub struct Law<'a> {
     pub law: ErrorLaw,
     pub seed: u64,
-    /// f64 [matrices, SUMS], added to: error, error^2, y^2, y^4, elements; error = round(y' + bias) - round(y + bias).
+    /// Of [`new_sums`], added to.
     pub sums: Option<&'a Tensor>,
 }
 
-/// Sums of a matrix.
-pub const SUMS: i64 = 5;
+/// Of a matrix's sums: kNoiseSlots and kNoiseStride of kernels/include/columns.cuh. Each block of threads adds to one of the places,
+/// as additions to a single one would come one after the other.
+const SLOTS: i64 = 16;
+const STRIDE: i64 = 8;
+
+/// Room for the sums of what is injected, f64 [matrices, SLOTS, STRIDE], zero: error, error^2, y^2, y^4, elements, where
+/// error = round(y' + bias) - round(y + bias).
+pub fn new_sums(matrices: i64, device: Device) -> Result<Tensor> {
+    Ok(Tensor::f_zeros([matrices, SLOTS, STRIDE], (Kind::Double, device))?)
+}
+
+/// Reads them, matrix by matrix; waits for the device.
+pub fn read_sums(sums: &Tensor) -> Result<Vec<[f64; 5]>> {
+    let read = Vec::<f64>::try_from(sums.f_sum_dim_intlist([1i64].as_slice(), false, Kind::Double)?.f_flatten(0, -1)?)?;
+    let five = |of_matrix: &[f64]| std::array::from_fn(|sum| of_matrix[sum]);
+    Ok(read.chunks_exact(STRIDE as usize).map(five).collect())
+}
+
+/// A pointer to the sums of so many matrices on `device`.
+pub(super) fn sums_pointer(name: &'static str, sums: &Tensor, matrices: i64, device: Device) -> Result<*mut c_void> {
+    Needs { name, kinds: &[Kind::Double], shape: &[matrices, SLOTS, STRIDE], device }.check(sums)
+}
 
 /// Matrices whose y and results have one dtype each.
 ///
@@ -67,13 +87,12 @@ pub fn prepare(device: Device, law: &Law, matrices: &[Noisy]) -> Result<Prepared
         (Kind::Half, Kind::Half) => "noise_f16",
         (from, to) => return Err(Error::Runtime(format!("noise: from {from:?} to {to:?} has no kernel"))),
     };
-    let shape = [matrices.len() as i64, SUMS];
-    let needs = Needs { name: "noise: sums", kinds: &[Kind::Double], shape: &shape, device };
-    let sums = law.sums.map(|sums| needs.check(sums)).transpose()?;
+    let pointer = |sums| sums_pointer("noise: sums", sums, matrices.len() as i64, device);
+    let sums = law.sums.map(pointer).transpose()?;
     let mut launches = Vec::new();
     for (number, chunk) in matrices.chunks(BATCH).enumerate() {
         let tensors = chunk.iter().map(|m| m.describe(device, kinds)).collect::<Result<Vec<_>>>()?;
-        let before = number * BATCH * SUMS as usize * size_of::<f64>();
+        let before = number * BATCH * (SLOTS * STRIDE) as usize * size_of::<f64>();
         let mut batch = Box::new(KernelBatch {
             count: chunk.len() as u32,
             law: law_number(law.law),

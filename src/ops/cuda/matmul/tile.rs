@@ -18,14 +18,15 @@ pub struct TileShape {
     /// Of a cluster of two blocks, of instructions of sm_90a.
     pub is_hopper: bool,
     /// Multiplications a clock and multiprocessor, over the 1024 that an A100 can do.
-    efficiency: f64,
+    pub(super) efficiency: f64,
 }
 
 impl TileShape {
-    /// Stages of 64 k, the sums of a tile, barriers: kSharedBytes of kernels/include/matmul_sm90.cuh.
-    pub(super) const fn hopper(n: u32, stages: u32) -> TileShape {
-        let shared_bytes = stages * (128 + n) * 64 * 2 + 128 * n * 4 + (2 * stages + 4) * 8;
-        TileShape { m: 256, n, threads: 384, shared_bytes, step_k: 64, resident: 1, is_hopper: true, efficiency: 1.0 }
+    /// Stages of 64 k, the sums of a tile, barriers, the sums of eight warps' noise: kSharedBytes of
+    /// kernels/include/matmul_sm90.cuh.
+    pub(super) const fn hopper(n: u32, stages: u32, efficiency: f64) -> TileShape {
+        let shared_bytes = stages * (128 + n) * 64 * 2 + 128 * n * 4 + (2 * stages + 4) * 8 + 8 * 5 * 8;
+        TileShape { m: 256, n, threads: 384, shared_bytes, step_k: 64, resident: 1, is_hopper: true, efficiency }
     }
 }
 
