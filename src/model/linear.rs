@@ -16,8 +16,9 @@ use crate::ops::cuda::matmul::PackedWeight;
 use crate::ops::noisy_linear::{self, NoisyLinearCall, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
 
-/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. Not measured.
-const PACKED_ROWS: i64 = 64;
+/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. On an H200 MXFP4 takes
+/// .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7; bench/results/2026-11-26-h200-kernels.json).
+const PACKED_ROWS: i64 = 16;
 
 /// One place of the module list whose product the plan may touch, and what is derived from its weight.
 pub struct Site {

@@ -22,7 +22,7 @@ use crate::{Error, Result};
 pub const PREFILL_TOKENS: usize = 16384;
 
 pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnMut(usize)) -> Result<Vec<Completion>> {
-    let mut rows = Rows::new(request);
+    let mut rows = Rows::new(request, model.device().is_cuda());
     if rows.len() == 0 {
         return Ok(Vec::new());
     }
