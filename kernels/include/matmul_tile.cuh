@@ -152,16 +152,31 @@ struct TileOfC {
     }
   }
 
-  // The row at `from`, added over `count` splits in their order.
+  // The row at `from`, added over `count` splits in their order; of kAtOnce splits the loads are under way together.
   TEMPER_DEVICE void read_sums(const Words2* from, uint32_t count, float y[16]) {
 #pragma unroll
-    for (uint32_t j = 0; j < 16; ++j) y[j] = 0.0f;
-    for (uint32_t split = 0; split < count; ++split, from += kSums) {
+    for (uint32_t j = 0; j < kPairs; ++j) {
+      const Words2 pair = from[j * Tile::kThreads];
+      y[2 * j] = float_of(pair.w[0]), y[2 * j + 1] = float_of(pair.w[1]);
+    }
+    constexpr uint32_t kAtOnce = 4;
+#pragma unroll 1
+    for (uint32_t split = 1; split < count; split += kAtOnce) {
+      Words2 pairs[kAtOnce][kPairs];
 #pragma unroll
-      for (uint32_t j = 0; j < kPairs; ++j) {
-        const Words2 pair = from[j * Tile::kThreads];
-        y[2 * j] = split == 0 ? float_of(pair.w[0]) : y[2 * j] + float_of(pair.w[0]);  // 0 + -0 would lose the sign
-        y[2 * j + 1] = split == 0 ? float_of(pair.w[1]) : y[2 * j + 1] + float_of(pair.w[1]);
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (uint32_t j = 0; j < kPairs && split + i < count; ++j) {
+          pairs[i][j] = from[(split + i) * kSums + j * Tile::kThreads];
+        }
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (uint32_t j = 0; j < kPairs && split + i < count; ++j) {
+          y[2 * j] += float_of(pairs[i][j].w[0]);
+          y[2 * j + 1] += float_of(pairs[i][j].w[1]);
+        }
       }
     }
   }

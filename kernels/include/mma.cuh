@@ -54,6 +54,25 @@ TEMPER_DEVICE void load_matrices_transposed(uint32_t r[4], Shared row) {
 #endif
 }
 
+// An 8x8 matrix of 16-bit elements, transposed: lane l gives and gets the elements (l / 4, 2 (l % 4) + {0, 1}).
+TEMPER_DEVICE uint32_t transposed_matrix(uint32_t pair) {
+#ifdef TEMPER_CUDA
+  uint32_t transposed;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(pair));
+  return transposed;
+#else
+  const int lane = threadIdx.x % kWarpSize;
+  host::show(&pair, sizeof pair);
+  uint32_t transposed = 0;
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t of_row = *static_cast<const uint32_t*>(host::shown((lane % 4 * 2 + i) * 4 + lane / 8));
+    transposed |= (of_row >> (16 * (lane / 4 % 2)) & 0xffff) << (16 * i);
+  }
+  host::seen();
+  return transposed;
+#endif
+}
+
 // d [16, 8] += a [16, 16] b [16, 8] with f32 sums. Lane l has d of rows l / 4 + {0, 8} and columns 2 (l % 4) + {0, 1}; a of
 // those rows and of k = 2 (l % 4) + {0, 1} (+ 8 in a[2], a[3]); b of those k and of column l / 4.
 #ifdef TEMPER_CUDA
