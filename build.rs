@@ -5,6 +5,7 @@
 //!    PTX of the newest), embedded by `$OUT_DIR/embedded_kernels.rs`. No nvcc: a warning now, a typed error at use.
 //!    nvcc failing: the build fails with nvcc's message.
 //! 3. (kernels/compile.rs) `kernels/host/*.cpp`, which includes the same .cu files -> a static library that only the tests call.
+//! 4. [`SOURCES`] -> their SHA-256 as `TEMPER_SOURCES`: what the binary was made of, which no later commit or edit changes.
 //!
 //! Every output is skipped while it is newer than its inputs and its command is the same: a change of one kernel must
 //! not compile torch's headers again (20 s).
@@ -12,6 +13,8 @@
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 use std::{env, fs};
+
+use sha2::{Digest, Sha256};
 
 #[path = "kernels/compile.rs"]
 mod compile;
@@ -27,6 +30,9 @@ const BRIDGE: [&str; 5] = [
     "src/ops/autograd/flash.cpp",
 ];
 
+/// What a binary is made of, besides its libraries.
+const SOURCES: [&str; 6] = ["Cargo.lock", "Cargo.toml", "build.rs", "configs/quickstart.yaml", "kernels", "src"];
+
 fn main() {
     if let Err(message) = run() {
         // cargo shows a failing build script's stderr; the last lines are the compiler's own.
@@ -39,10 +45,11 @@ fn run() -> Result<()> {
     for name in ["LIBTORCH", "LIBTORCH_CXX11_ABI", "CUDA_HOME", "CUDA_ARCHES", "CXX"] {
         println!("cargo:rerun-if-env-changed={name}");
     }
-    for path in ["build.rs", "kernels"].iter().chain(&BRIDGE) {
+    for path in SOURCES {
         println!("cargo:rerun-if-changed={path}");
     }
     let root = PathBuf::from(env_var("CARGO_MANIFEST_DIR")?);
+    println!("cargo:rustc-env=TEMPER_SOURCES={}", hash_of_sources(&root)?);
     let out = PathBuf::from(env_var("OUT_DIR")?);
     let torch = Torch::find(&root)?;
     build_bridge(&root, &out, &torch)?;
@@ -53,6 +60,34 @@ fn run() -> Result<()> {
 
 fn env_var(name: &str) -> Result<String> {
     env::var(name).map_err(|_| format!("{name} is not set; run scripts/bootstrap.sh, which provides it"))
+}
+
+/// As `find SOURCES -type f | LC_ALL=C sort | xargs sha256sum | sha256sum` prints it.
+fn hash_of_sources(root: &Path) -> Result<String> {
+    let mut files = Vec::new();
+    let mut left: Vec<PathBuf> = SOURCES.iter().map(PathBuf::from).collect();
+    while let Some(path) = left.pop() {
+        let there = root.join(&path);
+        if !there.is_dir() {
+            files.push(path);
+            continue;
+        }
+        let entries = fs::read_dir(&there).map_err(|e| format!("{}: {e}", there.display()))?;
+        for entry in entries {
+            left.push(path.join(entry.map_err(|e| format!("{}: {e}", there.display()))?.file_name()));
+        }
+    }
+    files.sort_by(|a, b| a.as_os_str().cmp(b.as_os_str()));
+    let mut all = Sha256::new();
+    for path in files {
+        let content = fs::read(root.join(&path)).map_err(|e| format!("{}: {e}", path.display()))?;
+        all.update(format!("{}  {}\n", hex(Sha256::digest(content).as_slice()), path.display()));
+    }
+    Ok(hex(all.finalize().as_slice()))
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 // ---------------------------------------------------------------------------------------------------- torch

@@ -228,6 +228,7 @@ fn machines(members: &[Member]) -> Vec<Warning> {
         ("CPU", "cpu.model"),
         ("SIMD", "cpu.simd"),
         ("temper's commit", "git_commit"),
+        ("temper's sources", "sources"),
         ("temper's version", "temper_version"),
         ("libtorch", "libtorch_version"),
         ("noise_version", "noise_version"),

@@ -22,7 +22,7 @@ use crate::ops::cpu::path::Path;
 use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::choices_of_others;
 use crate::ops::cuda::timer::Timer;
-use crate::run::machine::{CpuKind, git_commit, utc_now};
+use crate::run::machine::{CpuKind, SOURCES, git_commit, utc_now};
 use crate::{Error, Result, bail_input};
 use timing::Times;
 
@@ -140,6 +140,7 @@ pub struct Report {
     pub threads: usize,
     pub version: &'static str,
     pub commit: Option<String>,
+    pub sources: &'static str,
     pub date: String,
     pub rows: Vec<Row>,
 }
@@ -174,6 +175,7 @@ pub fn kernels(options: &Options, device: Device) -> Result<Report> {
         threads: rayon::current_num_threads(),
         version: env!("CARGO_PKG_VERSION"),
         commit: git_commit(),
+        sources: SOURCES,
         date: utc_now(),
         rows,
     })

@@ -85,6 +85,7 @@ pub struct StepReport {
     pub version: &'static str,
     pub torch: Option<&'static str>,
     pub commit: Option<String>,
+    pub sources: &'static str,
     pub date: String,
     pub parameters: u64,
     pub lengths: String,

@@ -37,7 +37,7 @@ use crate::rl::rollout::{Rollout, completions};
 use crate::rl::section::Advantage;
 use crate::rl::timing::Accounting;
 use crate::rl::update::Updater;
-use crate::run::machine::{CpuKind, git_commit, utc_now};
+use crate::run::machine::{CpuKind, SOURCES, git_commit, utc_now};
 use crate::{Result, bail_input};
 
 pub struct StepOptions<'a> {
@@ -236,6 +236,7 @@ impl<'a> Bench<'a> {
             version: env!("CARGO_PKG_VERSION"),
             torch: crate::device::kernels::TORCH_VERSION,
             commit: git_commit(),
+            sources: SOURCES,
             date: utc_now(),
             parameters: self.model.config.parameter_count(),
             lengths: options.lengths.name(),

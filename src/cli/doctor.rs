@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::Result;
 use crate::device::{self, gpu, host, kernels};
+use crate::run::machine::SOURCES;
 
 #[derive(clap::Args)]
 pub struct Args {}
@@ -79,6 +80,7 @@ impl Report {
     fn to_json(&self) -> Value {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
+            "sources": SOURCES,
             "device": if self.cuda.is_ok() { "cuda:0" } else { "cpu" },
             "gpus": self.gpus.as_ref().map(|g| json!(g.gpus)).unwrap_or(json!([])),
             "driver": {
@@ -107,7 +109,7 @@ impl Report {
     }
 
     fn to_text(&self) -> String {
-        let mut lines = vec![("temper", env!("CARGO_PKG_VERSION").to_owned())];
+        let mut lines = vec![("temper", format!("{}, sources {}", env!("CARGO_PKG_VERSION"), &SOURCES[..12]))];
         match &self.gpus {
             Ok(found) => {
                 for g in &found.gpus {

@@ -63,19 +63,28 @@ fn product_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     Ok(a.f_mm_dtype(b, Kind::Float)?)
 }
 
-/// The product and its error in one launch of our kernel; a product without error is the library's.
-fn noisy_product(
+/// The product and its error in one launch of our kernel; whether there is one for it. A product without error is the library's,
+/// but on a Hopper, where ours keeps step: the library's f32 result would be read again to be rounded or added.
+fn own_product(
     layout: Layout,
     (a, b): (&Tensor, &Tensor),
     into: Destination,
     bias: Option<&Tensor>,
-    draw: &ErrorDraw,
+    error: (&Option<ErrorDraw>, Option<&SumsSink>),
     keys: &RowKeys,
-    sink: Option<&SumsSink>,
-) -> Result<()> {
+) -> Result<bool> {
+    if a.device() == Device::Cpu {
+        return Ok(false);
+    }
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
-    let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: Some(draw), keys, sums: None };
-    measured_product(&Gpu::of("noisy_linear: x", &a)?, product, sink)
+    let gpu = Gpu::of("noisy_linear: x", &a)?;
+    let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: error.0.as_ref(), keys, sums: None };
+    let is_whole = matches!(into, Destination::Store(out) if out.kind() == Kind::Float);
+    if product.error.is_none() && (is_whole || !product.is_for_hopper(&gpu)?) {
+        return Ok(false);
+    }
+    measured_product(&gpu, product, error.1.filter(|_| product.error.is_some()))?;
+    Ok(true)
 }
 
 /// A product whose error is added up in `sink`.
@@ -94,10 +103,12 @@ pub fn forward(
     out_kind: Kind,
 ) -> Result<Tensor> {
     let sink = call.forward.sink.as_ref().filter(|_| record);
-    if let (Some(draw), true) = (&call.forward.draw, x.device() != Device::Cpu) {
+    if x.device() != Device::Cpu {
         let out = Tensor::f_empty([x.size()[0], weight.size()[0]], (out_kind, x.device()))?;
-        noisy_product(Layout::Nt, (x, weight), Destination::Store(&out), bias, draw, &call.keys, sink)?;
-        return Ok(out);
+        let (into, error) = (Destination::Store(&out), (&call.forward.draw, sink));
+        if own_product(Layout::Nt, (x, weight), into, bias, error, &call.keys)? {
+            return Ok(out);
+        }
     }
     let y = product_f32(x, &weight.f_transpose(0, 1)?)?;
     finish_product(y, bias, call.forward.draw.as_ref(), &call.keys, sink, out_kind)
@@ -135,11 +146,12 @@ pub fn forward_packed(
 /// dX = law(dY W) in the dtype of `weight`. No gradient.
 pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Result<Tensor> {
     let error = &call.dx;
-    if let (Some(draw), true) = (&error.draw, dy.device() != Device::Cpu) {
+    if dy.device() != Device::Cpu {
         let out = Tensor::f_empty([dy.size()[0], weight.size()[1]], (weight.kind(), dy.device()))?;
-        let into = Destination::Store(&out);
-        noisy_product(Layout::Nn, (dy, weight), into, None, draw, &call.keys, error.sink.as_ref())?;
-        return Ok(out);
+        let (into, error) = (Destination::Store(&out), (&error.draw, error.sink.as_ref()));
+        if own_product(Layout::Nn, (dy, weight), into, None, error, &call.keys)? {
+            return Ok(out);
+        }
     }
     let dx = product_f32(dy, weight)?;
     finish_product(dx, None, error.draw.as_ref(), &call.keys, error.sink.as_ref(), weight.kind())
@@ -148,12 +160,14 @@ pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Resu
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
     if dy.device() != Device::Cpu {
-        return match &call.dw {
-            Some(WeightGradientError { error: ProductError { draw: Some(draw), sink }, keys }) => {
-                noisy_product(Layout::Tn, (dy, x), Destination::Add(into), None, draw, keys, sink.as_ref())
-            }
-            _ => into.f_add_(&product_f32(&dy.f_transpose(0, 1)?, x)?).map(drop).map_err(Error::from),
+        let (error, keys) = match &call.dw {
+            Some(WeightGradientError { error, keys }) => ((&error.draw, error.sink.as_ref()), keys),
+            None => ((&None, None), &call.keys),
         };
+        if !own_product(Layout::Tn, (dy, x), Destination::Add(into), None, error, keys)? {
+            let _ = into.f_add_(&product_f32(&dy.f_transpose(0, 1)?, x)?)?;
+        }
+        return Ok(());
     }
     let dy = dy.f_transpose(0, 1)?;
     let (dy, x) = (dy.f_to_kind(Kind::Float)?, x.f_to_kind(Kind::Float)?);

@@ -83,6 +83,8 @@ struct Launch {
     from_step: u64,
     argv: Vec<String>,
     git_commit: Option<String>,
+    #[serde(default)]
+    sources: String, // machine::SOURCES
     temper_version: String,
     libtorch_version: Option<String>,
     noise_version: u32,
@@ -258,6 +260,7 @@ fn launch(spec: &RunSpec, from_step: u64) -> Launch {
         from_step,
         argv: std::env::args().collect(),
         git_commit: machine::git_commit(),
+        sources: machine::SOURCES.to_string(),
         temper_version: env!("CARGO_PKG_VERSION").to_string(),
         libtorch_version: spec.libtorch_version.clone(),
         noise_version: spec.noise_version,

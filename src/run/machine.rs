@@ -41,6 +41,9 @@ fn simd() -> &'static str {
     std::env::consts::ARCH
 }
 
+/// SHA-256 of what this binary was built from, in hexadecimal: build.rs says of what, and how to compute it for a commit.
+pub const SOURCES: &str = env!("TEMPER_SOURCES");
+
 /// The commit this binary was built from: told by the build, else asked of git where the binary lies. `None` when
 /// neither knows. `-dirty` is appended when tracked files were changed.
 pub fn git_commit() -> Option<String> {

@@ -4,5 +4,6 @@
 mod checkpoints;
 mod directory;
 mod jsonl;
+mod machine;
 mod signals;
 mod tensorboard;

@@ -196,6 +196,14 @@ impl Product<'_> {
         Ok(usable.or_else(of_hopper).unwrap_or_else(of_any))
     }
 
+    /// Whether [`matmul`] takes a kernel of sm_90a for it.
+    ///
+    /// # Errors
+    /// `Runtime` for shapes that are not two matrices'.
+    pub fn is_for_hopper(&self, executor: &dyn Executor) -> Result<bool> {
+        Ok(self.choice(executor)?.tile.is_hopper)
+    }
+
     /// All choices, the plainest first.
     ///
     /// # Errors
