@@ -70,11 +70,12 @@ struct MatmulSm90 {
     }
     // Nobody leaves while the other block may still write to it or arrive at its barriers.
     cluster_sync();
-    // Once, not tile by tile: what all blocks add to one place would hold up the copies behind it.
-    if (args.sums == nullptr || threadIdx.x >= kNoiseSums) return;
+    // Once, not tile by tile: what all blocks add to one place would hold up the copies behind it. By threads that have registers.
+    const uint32_t s = threadIdx.x - kWarpgroup;
+    if (args.sums == nullptr || s >= kNoiseSums) return;
     double total = 0.0;
-    for (uint32_t i = threadIdx.x; i < kTotals; i += kNoiseSums) total += totals[i];
-    atomicAdd(noise_slot(args.sums) + threadIdx.x, total);
+    for (uint32_t i = s; i < kTotals; i += kNoiseSums) total += totals[i];
+    atomicAdd(noise_slot(args.sums) + s, total);
   }
 
  private:
@@ -187,13 +188,14 @@ struct MatmulSm90 {
     write_sums(mine, sum);
 #pragma unroll 1
     for (uint32_t item = 0; item < kItems; ++item, mine += 8 * kWarpgroup) {
+      const uint32_t in_tile = item / kColumnBlocks, row = first_row + in_tile / 2 * 64 + in_tile % 2 * 8;
+      if (row - lane / 4 >= args.m) break;  // no row of the warp is left
       float y[16];
 #pragma unroll
       for (uint32_t j = 0; j < 8; ++j) {
         const Words2 pair = mine[j * kWarpgroup];
         y[2 * j] = float_of(pair.w[0]), y[2 * j + 1] = float_of(pair.w[1]);
       }
-      const uint32_t in_tile = item / kColumnBlocks, row = first_row + in_tile / 2 * 64 + in_tile % 2 * 8;
       const uint32_t column = first_column + item % kColumnBlocks * 64;
       if (args.flags & kF32) {
         finish_row<float>(args, call, row, column, y, noise);

@@ -127,9 +127,10 @@ struct TileOfC {
     const uint32_t lane = threadIdx.x % kWarpSize, first_column = first_n + warp_n + lane % 4 * 2;
 #pragma unroll 1
     for (uint32_t i = 0; i < kRows; ++i, parts += kPairs * Tile::kThreads) {
+      const uint32_t of_warp = first_m + warp_m + i * 8, row = of_warp + lane / 4;
+      if (of_warp >= args.m) break;  // a decoding step has few rows
       float y[16];
       read_sums(parts, count, y);
-      const uint32_t row = first_m + warp_m + i * 8 + lane / 4;
       if (args.flags & kF32) {
         finish_row<float>(args, call, row, first_column, y, sums);
       } else {

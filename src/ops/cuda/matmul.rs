@@ -6,6 +6,7 @@ mod hopper;
 mod kernel;
 mod measured;
 mod packed;
+mod tickets;
 mod tile;
 
 use std::ffi::c_void;

@@ -4,6 +4,7 @@ use std::ffi::c_void;
 
 use tch::{Device, Kind, Tensor};
 
+use super::tickets::tickets;
 use super::tile::Choice;
 use super::{Layout, hopper};
 use crate::ops::cuda::launch::{Executor, Launch};
@@ -67,7 +68,7 @@ pub struct Call {
 }
 
 impl Call {
-    /// What splits need: their sums f32, and a counter of each tile, zero.
+    /// What splits need: their sums f32, and a counter of each tile.
     pub fn workspace(&self, sizes: (i64, i64, i64), device: Device) -> Result<(Option<Tensor>, Option<Tensor>)> {
         if self.choice.splits == 1 {
             return Ok((None, None));
@@ -76,7 +77,7 @@ impl Call {
         let tiles = i64::from(tiles_m) * i64::from(tiles_n);
         let area = i64::from(self.choice.tile.m * self.choice.tile.n);
         let partials = Tensor::f_empty([tiles * i64::from(self.choice.splits) * area], (Kind::Float, device))?;
-        Ok((Some(partials), Some(Tensor::f_zeros([tiles], (Kind::Int, device))?)))
+        Ok((Some(partials), Some(tickets(device, tiles)?)))
     }
 
     pub fn launch(
