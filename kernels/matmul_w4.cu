@@ -13,3 +13,6 @@ TEMPER_MATMUL_W4(matmul_w4_64x256_mxfp4, PackedMxfp4, TileW4_64x256)
 TEMPER_MATMUL_W4(matmul_w4_16x256_nvfp4, PackedNvfp4, TileW4_16x256)
 TEMPER_MATMUL_W4(matmul_w4_32x256_nvfp4, PackedNvfp4, TileW4_32x256)
 TEMPER_MATMUL_W4(matmul_w4_64x256_nvfp4, PackedNvfp4, TileW4_64x256)
+
+TEMPER_MATMUL_W4_GROUP(matmul_w4_16x256_mxfp4_group, PackedMxfp4, TileW4_16x256)
+TEMPER_MATMUL_W4_GROUP(matmul_w4_16x256_nvfp4_group, PackedNvfp4, TileW4_16x256)

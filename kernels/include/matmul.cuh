@@ -94,7 +94,7 @@ struct Matmul : TileOfC<T, Tile> {
 
   uint32_t lane_a, lane_b;  // offsets of this lane's rows of fragments
 
-  __device__ Matmul(const MatmulArgs& args_) : Base(args_) {
+  __device__ Matmul(const MatmulArgs& args_, uint32_t block) : Base(args_, block) {
     // Of the four matrices that a lane's ldmatrix reads: a[1], a[3] have rows 8..15, a[2], a[3] k 8..15; b[1], b[3] have k
     // 8..15, b[2], b[3] rows 8..15. The lanes of a matrix give its lines.
     const uint32_t lane = threadIdx.x % kWarpSize, in_matrix = lane % 8, odd = lane / 8 % 2 * 8, upper = lane / 16 * 8;
@@ -179,12 +179,14 @@ struct Matmul : TileOfC<T, Tile> {
 
 #define TEMPER_MATMUL(name, T, Tile, a_k_last, b_k_last)                  \
   TEMPER_KERNEL_OF(name, MatmulArgs, Tile::kThreads, Tile::kResident) {   \
-    TEMPER_DYNAMIC_SHARED(stages);                                        \
     using Product = Matmul<T, Tile, a_k_last, b_k_last>;                  \
-    __shared__ double scratch[Product::kScratch];                         \
-    Product matmul(args);                                                 \
-    matmul.multiply(shared_address(stages));                              \
-    matmul.finish(reinterpret_cast<Words2*>(stages), scratch);            \
+    TEMPER_MATMUL_BLOCK(Product, args, blockIdx.x)                        \
+  }
+
+#define TEMPER_MATMUL_GROUP(name, T, Tile)                                \
+  TEMPER_KERNEL_OF(name, MatmulGroup, Tile::kThreads, Tile::kResident) {  \
+    using Product = Matmul<T, Tile, true, true>;                          \
+    TEMPER_MATMUL_BLOCK_OF_GROUP(Product, args)                           \
   }
 
 // For many rows; for few tiles of those; for the rows of a decoding step.

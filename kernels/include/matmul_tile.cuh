@@ -28,6 +28,14 @@ struct MatmulArgs {
   uint32_t unused;
 };
 
+// Up to kGroup products of one kernel, with blocks of their own in one grid. As src/ops/cuda/matmul/group.rs.
+constexpr uint32_t kGroup = 3;
+struct MatmulGroup {
+  MatmulArgs products[kGroup];
+  uint32_t first_block[kGroup];
+  uint32_t count;
+};
+
 enum MatmulFlags : uint32_t {
   kKeyList = 1,
   kAlignedA = 2,   // rows of a begin at multiples of 16 bytes
@@ -88,9 +96,10 @@ struct TileOfC {
   uint32_t warp_m, warp_n;                 // of this warp, in the tile
   float sum[kBlocksM][kBlocksN][4];
 
-  __device__ TileOfC(const MatmulArgs& args_) : args(args_), sum{} {
-    tile = blockIdx.x / args.splits;
-    split = blockIdx.x % args.splits;
+  // `block` of the product's.
+  __device__ TileOfC(const MatmulArgs& args_, uint32_t block) : args(args_), sum{} {
+    tile = block / args.splits;
+    split = block % args.splits;
     const TilePlace place(tile, args.tiles_m, args.tiles_n);
     first_m = place.m * Tile::kTileM;
     first_n = place.n * Tile::kTileN;
@@ -195,3 +204,17 @@ struct TileOfC {
     return is_last;
   }
 };
+
+// The body of a kernel: one block of a product, Product a TileOfC.
+#define TEMPER_MATMUL_BLOCK(Product, args, block)            \
+  TEMPER_DYNAMIC_SHARED(stages);                             \
+  __shared__ double scratch[Product::kScratch];              \
+  Product matmul(args, block);                               \
+  matmul.multiply(shared_address(stages));                   \
+  matmul.finish(reinterpret_cast<Words2*>(stages), scratch);
+
+#define TEMPER_MATMUL_BLOCK_OF_GROUP(Product, group)                                            \
+  uint32_t of_group = 0;                                                                        \
+  while (of_group + 1 < group.count && blockIdx.x >= group.first_block[of_group + 1]) ++of_group; \
+  const uint32_t block = blockIdx.x - group.first_block[of_group];                              \
+  TEMPER_MATMUL_BLOCK(Product, group.products[of_group], block)

@@ -78,7 +78,7 @@ struct MatmulW4 : TileOfC<Bf16, Tile> {
   static constexpr uint32_t kStageBytes = kBytesA + kBytesCodes + Tile::kTileN * Packed::kScaleBytes;
   static_assert(Tile::kTileM == Tile::kWarpM, "warps lie side by side");
 
-  __device__ MatmulW4(const MatmulArgs& args_) : Base(args_) {}
+  __device__ MatmulW4(const MatmulArgs& args_, uint32_t block) : Base(args_, block) {}
 
   // The sums over this split's k, a multiple of kPackedK; A, codes and scales are aligned to their pieces.
   __device__ void multiply(Shared stages) {
@@ -170,10 +170,12 @@ struct MatmulW4 : TileOfC<Bf16, Tile> {
 
 #define TEMPER_MATMUL_W4(name, Packed, Tile)                              \
   TEMPER_KERNEL_OF(name, MatmulArgs, Tile::kThreads, Tile::kResident) {   \
-    TEMPER_DYNAMIC_SHARED(stages);                                        \
     using Product = MatmulW4<Packed, Tile>;                               \
-    __shared__ double scratch[Product::kScratch];                         \
-    Product matmul(args);                                                 \
-    matmul.multiply(shared_address(stages));                              \
-    matmul.finish(reinterpret_cast<Words2*>(stages), scratch);            \
+    TEMPER_MATMUL_BLOCK(Product, args, blockIdx.x)                        \
+  }
+
+#define TEMPER_MATMUL_W4_GROUP(name, Packed, Tile)                        \
+  TEMPER_KERNEL_OF(name, MatmulGroup, Tile::kThreads, Tile::kResident) {  \
+    using Product = MatmulW4<Packed, Tile>;                               \
+    TEMPER_MATMUL_BLOCK_OF_GROUP(Product, args)                           \
   }

@@ -3,22 +3,33 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::linear_input::LinearInput;
 use super::lora::Adapter;
 use super::parameter::Parameter;
 use super::pass::Pass;
-use crate::Result;
 use crate::numerics::noise_key::Phase;
 use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::PackedWeight;
-use crate::ops::noisy_linear::{self, NoisyLinearCall, noisy_linear};
+use crate::ops::noisy_linear::{self, NoisyLinearCall, Part, Weight, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
+use crate::{Error, Result};
 
 /// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. On an H200 MXFP4 takes
 /// .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7; bench/results/2026-11-26-h200-kernels.json).
 const PACKED_ROWS: i64 = 16;
+
+/// Products over at most so many rows on a GPU take as long as their launches.
+const LAUNCH_BOUND_ROWS: i64 = 128;
+
+/// Whether our kernel makes this product without a gradient, and its launch is what it costs.
+fn waits_for_launches(part: &Part, pass: &Pass) -> bool {
+    let is_few =
+        part.x.device() != Device::Cpu && part.x.kind() == Kind::BFloat16 && part.x.size()[0] <= LAUNCH_BOUND_ROWS;
+    let is_ours = matches!(part.weight, Weight::Packed(_)) || part.call.forward.draw.is_some();
+    is_few && is_ours && !pass.differentiable && !pass.recomputing
+}
 
 /// One place of the module list whose product the plan may touch, and what is derived from its weight.
 pub struct Site {
@@ -133,24 +144,54 @@ impl Linear {
         self.forward_shared(&LinearInput::new(x), pass)
     }
 
-    /// As [`Linear::forward`], where several linears read one input.
+    /// As [`Linear::forward`], of what another linear may have read.
     pub fn forward_shared(&self, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
-        let y = self.product(input, pass)?;
+        self.adapted(self.product(&self.part(input, pass)?)?, input, pass)
+    }
+
+    /// Of several linears that read one input. Of few rows on a GPU their products are one launch.
+    pub fn forward_each<const N: usize>(
+        linears: [&Linear; N],
+        input: &LinearInput,
+        pass: &Pass,
+    ) -> Result<[Tensor; N]> {
+        let parts = linears.iter().map(|linear| linear.part(input, pass)).collect::<Result<Vec<Part>>>()?;
+        let products = match parts.iter().all(|part| waits_for_launches(part, pass)) {
+            true => noisy_linear::forward_together(&Gpu::of("linear: x", input.x())?, &parts)?,
+            false => linears.iter().zip(&parts).map(|(linear, part)| linear.product(part)).collect::<Result<_>>()?,
+        };
+        let outputs = linears.iter().zip(products).map(|(linear, y)| linear.adapted(y, input, pass));
+        let outputs = outputs.collect::<Result<Vec<Tensor>>>()?;
+        outputs.try_into().map_err(|_| Error::Runtime(format!("linear: expected {N} products")))
+    }
+
+    fn part(&self, input: &LinearInput, pass: &Pass) -> Result<Part<'_>> {
+        let x = input.read(self.site.index, pass)?;
+        let weight = match self.site.packed(pass, x.size()[0]) {
+            Some(packed) => Weight::Packed(packed),
+            None => Weight::Dense(self.site.weight(&self.weight, pass)),
+        };
+        let call = self.site.call(pass, weight.out_features() as usize);
+        Ok(Part { x, weight, bias: self.bias.as_ref().map(Parameter::leaf), call })
+    }
+
+    fn product(&self, part: &Part) -> Result<Tensor> {
+        match &part.weight {
+            Weight::Dense(weight) => noisy_linear(&part.x, weight, part.bias, self.weight.anchor(), &part.call),
+            Weight::Packed(_) => {
+                let mut y =
+                    noisy_linear::forward_together(&Gpu::of("packed linear: x", &part.x)?, std::slice::from_ref(part))?;
+                y.pop().ok_or_else(|| Error::Runtime("packed linear: no product".into()))
+            }
+        }
+    }
+
+    /// With what the adapter adds.
+    fn adapted(&self, y: Tensor, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
         match &self.adapter {
             Some(adapter) if pass.phase != Phase::RefLogprobs => Ok(y.f_add(&adapter.forward(input, pass)?)?),
             _ => Ok(y),
         }
-    }
-
-    fn product(&self, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
-        let x = input.read(self.site.index, pass)?;
-        let weight = self.site.weight(&self.weight, pass);
-        let bias = self.bias.as_ref().map(Parameter::leaf);
-        let call = self.site.call(pass, weight.size()[0] as usize);
-        if let Some(packed) = self.site.packed(pass, x.size()[0]) {
-            return noisy_linear::forward_packed(&Gpu::of("packed linear: x", &x)?, &x, &packed, bias, &call);
-        }
-        noisy_linear(&x, &weight, bias, self.weight.anchor(), &call)
     }
 }
 

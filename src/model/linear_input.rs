@@ -28,6 +28,10 @@ impl<'a> LinearInput<'a> {
         LinearInput { x, quantized: RefCell::new(None) }
     }
 
+    pub fn x(&self) -> &Tensor {
+        self.x
+    }
+
     /// What the product of module `index` reads in this pass: [tokens, in] in x's dtype.
     pub fn read(&self, index: u32, pass: &Pass) -> Result<Tensor> {
         if let Some(calibration) = pass.calibration {

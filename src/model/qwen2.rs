@@ -28,8 +28,7 @@ pub struct Mlp {
 impl Mlp {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let input = LinearInput::new(x);
-        let gate = self.gate_proj.forward_shared(&input, pass)?;
-        let up = self.up_proj.forward_shared(&input, pass)?;
+        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], &input, pass)?;
         self.down_proj.forward(&swiglu(&gate, &up)?, pass)
     }
 }

@@ -7,11 +7,13 @@
 //!
 //! Shapes: x [tokens, in], W [out, in], bias [out] f32, y [tokens, out]. x and W share a dtype (f32 or bf16).
 
+use std::rc::Rc;
+
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
 use super::cuda::launch::{Executor, Gpu};
-use super::cuda::matmul::{Layout, PackedWeight, Product, matmul};
+use super::cuda::matmul::{Layout, PackedWeight, Product, matmul, matmul_together};
 use super::cuda::noise::Destination;
 use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_rows, finish_product};
 use crate::numerics::error_law::NoiseSums;
@@ -114,32 +116,64 @@ pub fn forward(
     finish_product(y, bias, call.forward.draw.as_ref(), &call.keys, sink, out_kind)
 }
 
-/// [`forward`] in bf16 with a weight that is held packed. No gradient.
+/// The weight of a product: [out, in], or the same numbers held packed.
+pub enum Weight {
+    Dense(Tensor),
+    Packed(Rc<PackedWeight>),
+}
+
+impl Weight {
+    pub fn out_features(&self) -> i64 {
+        match self {
+            Weight::Dense(weight) => weight.size()[0],
+            Weight::Packed(packed) => packed.codes.size()[0],
+        }
+    }
+}
+
+/// One of several forward products.
+pub struct Part<'a> {
+    pub x: Tensor,
+    pub weight: Weight,
+    pub bias: Option<&'a Tensor>,
+    pub call: NoisyLinearCall,
+}
+
+/// [`forward`] of several in bf16 on a GPU, in one launch where there is a kernel for them. No gradient.
 ///
 /// # Errors
 /// As `ops::cuda::matmul::matmul`.
-pub fn forward_packed(
-    executor: &dyn Executor,
-    x: &Tensor,
-    weight: &PackedWeight,
-    bias: Option<&Tensor>,
-    call: &NoisyLinearCall,
-) -> Result<Tensor> {
-    let x = x.f_contiguous()?;
-    let out = Tensor::f_empty([x.size()[0], weight.codes.size()[0]], (x.kind(), x.device()))?;
-    let product = Product {
-        layout: weight.layout,
-        a: &x,
-        b: &weight.codes,
-        scales: Some(weight.scales()),
-        into: Destination::Store(&out),
-        bias,
-        error: call.forward.draw.as_ref(),
-        keys: &call.keys,
-        sums: None,
-    };
-    let sink = call.forward.sink.as_ref().filter(|_| call.forward.draw.is_some());
-    measured_product(executor, product, sink)?;
+pub fn forward_together(executor: &dyn Executor, parts: &[Part]) -> Result<Vec<Tensor>> {
+    let xs = parts.iter().map(|part| Ok(part.x.f_contiguous()?)).collect::<Result<Vec<Tensor>>>()?;
+    let sums = parts.iter().map(|part| {
+        let error = &part.call.forward;
+        let sink = error.sink.as_ref().filter(|_| error.draw.is_some());
+        sink.map(|sink| sink.device_sums(executor.device())).transpose()
+    });
+    let sums = sums.collect::<Result<Vec<_>>>()?;
+    let out = xs
+        .iter()
+        .zip(parts)
+        .map(|(x, part)| Ok(Tensor::f_empty([x.size()[0], part.weight.out_features()], (x.kind(), x.device()))?));
+    let out = out.collect::<Result<Vec<Tensor>>>()?;
+    let products = parts.iter().enumerate().map(|(i, part)| {
+        let (layout, b, scales) = match &part.weight {
+            Weight::Dense(weight) => (Layout::Nt, weight, None),
+            Weight::Packed(packed) => (packed.layout, &packed.codes, Some(packed.scales())),
+        };
+        Product {
+            layout,
+            a: &xs[i],
+            b,
+            scales,
+            into: Destination::Store(&out[i]),
+            bias: part.bias,
+            error: part.call.forward.draw.as_ref(),
+            keys: &part.call.keys,
+            sums: sums[i].as_ref(),
+        }
+    });
+    matmul_together(executor, &products.collect::<Vec<_>>())?;
     Ok(out)
 }
 

@@ -4,8 +4,10 @@
 use tch::{Kind, Tensor};
 use temper::numerics::error_law::ErrorLaw;
 use temper::numerics::generator;
-use temper::ops::cuda::launch::Executor;
-use temper::ops::cuda::matmul::{Choice, Layout, Product, matmul, prepare_as};
+use temper::ops::cuda::launch::{Executor, Properties};
+use temper::ops::cuda::matmul::{
+    Choice, Layout, Product, choose_together, matmul, matmul_together, prepare_as, prepare_together,
+};
 use temper::ops::cuda::noise::{Destination, new_sums, read_sums};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys};
 
@@ -193,6 +195,45 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
             let expected: Vec<f32> = (0..m * n).map(|i| 1.0 + noisy(i)).collect();
             assert_bits(&floats(&into), &expected, &format!("{kind:?} {choice:?} added"));
         }
+    }
+}
+
+/// q, k and v; each has the bits that it has alone, its own draws, its own bias, its own sums.
+#[test]
+fn products_together_are_each_alone() {
+    let (k, stream) = (560, 0x1400_0000);
+    for m in [3, 16, 40, 64] {
+        let cases = [200, 70, 64].map(|n| Case::new(Layout::Nt, Kind::BFloat16, (m, n, k), 5));
+        let draws =
+            [0, 1, 2].map(|i| ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream: stream + i });
+        let outs =
+            || [0, 1, 2].map(|i| tensor(&vec![f32::NAN; m * cases[i].sizes.1], m, cases[i].sizes.1, Kind::BFloat16));
+        let sums = || [0, 1, 2].map(|_| new_sums(1, tch::Device::Cpu).unwrap());
+        let (alone, together, sums_alone, sums_together) = (outs(), outs(), sums(), sums());
+        let product = |i: usize, out, sums| Product {
+            bias: (i != 1).then_some(&cases[i].bias),
+            sums: Some(sums),
+            ..cases[i].product(Destination::Store(out), (i != 2).then_some(&draws[i]))
+        };
+        let all: Vec<Product> = (0..3).map(|i| product(i, &together[i], &sums_together[i])).collect();
+        let properties = Properties { multiprocessors: 108, ..Properties::default() };
+        let choice = choose_together(&all, &properties).unwrap().unwrap();
+        assert!(choice.tile.m <= 64 && (choice.splits > 1 || m == 64), "{m} rows: {choice:?}");
+        prepare_together(&Shim(7), &all, choice).unwrap().run(&Shim(7)).unwrap();
+        for i in 0..3 {
+            prepare_as(&Shim(0), &product(i, &alone[i], &sums_alone[i]), choice).unwrap().run(&Shim(0)).unwrap();
+            assert_bits(&floats(&together[i]), &floats(&alone[i]), &format!("{m} rows, product {i}"));
+            let (found, expected) = (read_sums(&sums_together[i]).unwrap()[0], read_sums(&sums_alone[i]).unwrap()[0]);
+            assert!(found.iter().zip(expected).all(|(f, e)| (f - e).abs() <= 1e-9 * e.abs()), "{found:?} {expected:?}");
+            assert_eq!(found[4] as usize, m * cases[i].sizes.1);
+        }
+        // What has no kernel for all is made one by one.
+        let of_other_k = Case::new(Layout::Nt, Kind::BFloat16, (m, 64, 128), 6);
+        let out = tensor(&vec![0.0; m * 64], m, 64, Kind::Float);
+        let two = [all[0], of_other_k.product(Destination::Store(&out), None)];
+        assert_eq!(choose_together(&two, &properties).unwrap(), None);
+        matmul_together(&Shim(0), &two).unwrap();
+        assert_near(&out, &of_other_k.exact(), 128, "alone");
     }
 }
 

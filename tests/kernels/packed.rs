@@ -1,6 +1,8 @@
 //! matmul_w4.cu under the shim: the product with a packed weight against that with the fake-quantized one, and every code's
 //! value under every kind of scale.
 
+use std::rc::Rc;
+
 use tch::{Kind, Tensor};
 use temper::numerics::block_format::TensorScale;
 use temper::numerics::error_law::ErrorLaw;
@@ -11,7 +13,7 @@ use temper::ops::cuda::matmul::{Layout, PACKED_K, PackedScales, PackedWeight, Pr
 use temper::ops::cuda::noise::Destination;
 use temper::ops::fake_quant::{Weight, fake_quant, fake_quant_weights};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink};
-use temper::ops::noisy_linear::{self, NoisyLinearCall, ProductError};
+use temper::ops::noisy_linear::{self, NoisyLinearCall, Part, ProductError};
 
 use crate::host::{ORDERS, Shim};
 use crate::matmul::{Case, assert_near};
@@ -65,7 +67,8 @@ fn a_packed_linear_layer_is_the_fake_quantized_one() {
         let larger = case.b.f_mul_scalar(3.0).unwrap();
         let weights = [&case.b, &larger].map(|x| Weight { x, scale_group: 4, draw: None });
         let matrices = [&case.b, &larger].map(|x| Matrix { x, scale: MatrixScale::Group(4), draw: None });
-        let packed = PackedWeight::quantize_all(&Shim(0), &matrices, format).unwrap();
+        let packed: Vec<Rc<PackedWeight>> =
+            PackedWeight::quantize_all(&Shim(0), &matrices, format).unwrap().into_iter().map(Rc::new).collect();
         let quantized = fake_quant_weights(&weights, format, false).unwrap();
         let bias = Tensor::from_slice(&vec![0.25f32; n]);
         let draw = ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream: 9 };
@@ -77,7 +80,17 @@ fn a_packed_linear_layer_is_the_fake_quantized_one() {
                     NoisyLinearCall { forward, ..NoisyLinearCall::clean(case.keys.clone(), false) }
                 };
                 let (ours, dense) = (call(), call());
-                let y = noisy_linear::forward_packed(&Shim(0), &case.a, packed, Some(&bias), &ours).unwrap();
+                let part = |call: &NoisyLinearCall| Part {
+                    x: case.a.shallow_clone(),
+                    weight: noisy_linear::Weight::Packed(packed.clone()),
+                    bias: Some(&bias),
+                    call: call.clone(),
+                };
+                let y = noisy_linear::forward_together(&Shim(0), &[part(&ours)]).unwrap().remove(0);
+                // Two in one launch, each as alone.
+                let unmeasured = NoisyLinearCall { forward: ProductError { draw: draw.clone(), sink: None }, ..call() };
+                let both = noisy_linear::forward_together(&Shim(5), &[part(&unmeasured), part(&unmeasured)]).unwrap();
+                assert!(both.iter().all(|both| floats(both) == floats(&y)), "{format}: together");
                 let want =
                     noisy_linear::forward(&case.a, quantized, Some(&bias), &dense, true, Kind::BFloat16).unwrap();
                 let (y, want) = (floats(&y), floats(&want));

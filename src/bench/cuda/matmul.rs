@@ -240,7 +240,7 @@ pub struct Model {
     pub name: &'static str,
     /// Each ([out, in], how many of it a layer has).
     pub linears: &'static [((usize, usize), usize)],
-    /// As decoding runs them: qkv in one, gate and up in one.
+    /// About as decoding runs them: q, k and v in one launch, gate and up in one.
     pub fused: &'static [(usize, usize)],
 }
 

@@ -7,7 +7,9 @@ use super::{Check, Compared, Sizes, dtype, enter, inputs};
 use crate::numerics::block_format::TensorScale;
 use crate::numerics::error_law::ErrorLaw;
 use crate::ops::cuda::launch::Executor;
-use crate::ops::cuda::matmul::{Choice, Layout, PACKED_K, PackedWeight, Product, prepare_as};
+use crate::ops::cuda::matmul::{
+    Choice, Layout, PACKED_K, PackedWeight, Product, choose_together, prepare_as, prepare_together,
+};
 use crate::ops::cuda::noise::Destination;
 use crate::ops::fake_quant::fake_quant;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys, finish_product};
@@ -22,10 +24,17 @@ const SPLITS: [u32; 4] = [1, 2, 5, 16];
 
 pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -> Result<()> {
     products(executor, sizes, checks, false)?;
+    for layout in [Layout::Nt, Layout::NtMxfp4, Layout::NtNvfp4] {
+        let run = |compared: &mut Compared| together(executor, layout, compared);
+        enter(checks, "matmul", format!("{layout:?}, three in one launch"), Kind::BFloat16, (16, 512), run)?;
+    }
     for kind in [Kind::BFloat16, Kind::Float] {
-        let run = |compared: &mut Compared| linear(executor.device(), kind, compared);
+        let run = |compared: &mut Compared| linear(executor.device(), kind, (96, 200, 320), true, compared);
         enter(checks, "noisy_linear", "forward and backward".into(), kind, (96, 320), run)?;
     }
+    // Enough tiles in all three for a Hopper's own kernel.
+    let run = |compared: &mut Compared| linear(executor.device(), Kind::BFloat16, (512, 2304, 2304), false, compared);
+    enter(checks, "noisy_linear", "forward and backward, clean".into(), Kind::BFloat16, (512, 2304), run)?;
     // Last: after a fault of these, whose waits are the hardware's, nothing else could run.
     if executor.properties()?.is_hopper { products(executor, sizes, checks, true) } else { Ok(()) }
 }
@@ -153,23 +162,55 @@ impl Case {
     }
 }
 
-/// y, dX and dW of a layer with error in all three, here and on the CPU.
-fn linear(device: Device, kind: Kind, compared: &mut Compared) -> Result<()> {
+/// Products in one launch, each as alone.
+fn together(executor: &dyn Executor, layout: Layout, compared: &mut Compared) -> Result<()> {
+    let device = executor.device();
+    let case = |n| Case::new(executor, layout, Kind::BFloat16, (16, n, 512));
+    let cases = [136, 70, 64].map(case).into_iter().collect::<Result<Vec<Case>>>()?;
+    let there = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_device(device)?) };
+    let a = cases.iter().map(|case| there(&case.a)).collect::<Result<Vec<Tensor>>>()?;
+    let b = cases.iter().map(|case| there(case.b.values())).collect::<Result<Vec<Tensor>>>()?;
+    let new = |case: &Case| Ok(Tensor::f_full(case.exact.size(), f64::NAN, (Kind::Float, device))?);
+    let outs = || cases.iter().map(new).collect::<Result<Vec<Tensor>>>();
+    let (alone, joined) = (outs()?, outs()?);
+    let keys = RowKeys::new((0..16).map(|row| row << 18 | 3).collect());
+    let products = |outs| -> Vec<Product> {
+        let of = |((case, a), (b, out))| Case::product(case, a, b, out, Some(&DRAW), &keys);
+        cases.iter().zip(&a).zip(b.iter().zip(outs)).map(of).collect()
+    };
+    let choice = choose_together(&products(&joined), &*executor.properties()?)?;
+    let choice = choice.ok_or_else(|| Error::Runtime("matmul: three products have no launch".into()))?;
+    prepare_together(executor, &products(&joined), choice)?.run(executor)?;
+    for (product, (joined, alone)) in products(&alone).iter().zip(joined.iter().zip(&alone)) {
+        prepare_as(executor, product, choice)?.run(executor)?;
+        compared.tensors(joined, &alone.f_to_device(Device::Cpu)?)?;
+    }
+    Ok(())
+}
+
+/// y, dX and dW of a layer [tokens, k] -> [tokens, n], here and on the CPU; `noisy`: with error in all three.
+fn linear(
+    device: Device,
+    kind: Kind,
+    (tokens, n, k): (usize, usize, usize),
+    noisy: bool,
+    compared: &mut Compared,
+) -> Result<()> {
     let (x, w, dy) =
-        (inputs((96, 320), kind, false)?, inputs((200, 320), kind, false)?, inputs((96, 200), kind, false)?);
+        (inputs((tokens, k), kind, false)?, inputs((n, k), kind, false)?, inputs((tokens, n), kind, false)?);
     let error = |stream: u32| ProductError {
-        draw: Some(ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream }),
-        sink: Some(Default::default()),
+        draw: noisy.then_some(ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream }),
+        sink: noisy.then(Default::default),
     };
     let on = |device: Device| -> Result<[Tensor; 3]> {
-        let dw = WeightGradientError { error: error(3), keys: RowKeys::consecutive(5 << 32, 200) };
-        let keys = RowKeys::new((0..96).map(|row| row << 18).collect());
+        let dw = WeightGradientError { error: error(3), keys: RowKeys::consecutive(5 << 32, n) };
+        let keys = RowKeys::new((0..tokens as u64).map(|row| row << 18).collect());
         let call = NoisyLinearCall { keys, differentiable: true, forward: error(1), dx: error(2), dw: Some(dw) };
         let there = |t: &Tensor| -> Result<Tensor> { Ok(t.f_to_device(device)?) };
         let (x, w, dy) = (there(&x)?, there(&w)?, there(&dy)?);
         let y = noisy_linear::forward(&x, &w, None, &call, true, kind)?;
         let dx = noisy_linear::backward_dx(&dy, &w, &call)?;
-        let mut gradient = Tensor::f_zeros([200, 320], (Kind::Float, device))?;
+        let mut gradient = Tensor::f_zeros([n as i64, k as i64], (Kind::Float, device))?;
         noisy_linear::accumulate_dw(&dy, &x, &call, &mut gradient)?;
         Ok([y, dx, gradient].map(|t| t.to_device(Device::Cpu)))
     };

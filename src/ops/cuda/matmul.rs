@@ -2,6 +2,7 @@
 //! C += law(A B^T) in f32. The error is made where the product's sums lie in registers, and never stored.
 #![allow(unsafe_code)]
 
+mod group;
 mod hopper;
 mod kernel;
 mod measured;
@@ -19,6 +20,7 @@ use super::noise::{Destination, sums_pointer};
 use crate::numerics::format::Format;
 use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 use crate::{Error, Result};
+pub use group::{choose_together, matmul_together, prepare_together};
 use hopper::{choose_hopper, hopper_choices};
 use kernel::Call;
 pub use measured::{MeasuredChoice, choices_of_others, read_choices};
@@ -100,6 +102,20 @@ pub fn prepare(executor: &dyn Executor, product: &Product) -> Result<Prepared> {
 /// # Errors
 /// As [`matmul`].
 pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) -> Result<Prepared> {
+    let (call, mut memory) = checked(executor, product, choice)?;
+    let (m, n, _) = call.sizes;
+    let mut launches = Vec::new();
+    if m * n > 0 {
+        let workspace = call.workspace(executor.device())?;
+        launches.push(call.launch(executor, &workspace)?);
+        memory.extend(workspace.tensors());
+    }
+    // SAFETY: `checked` has checked everything that is pointed to; it is in `memory`.
+    Ok(unsafe { Prepared::new(launches, executor.device(), memory) })
+}
+
+/// The call of a product, whose tensors have device, dtype, shape, strides and alignment as its kernels want them; and the tensors.
+fn checked(executor: &dyn Executor, product: &Product, choice: Choice) -> Result<(Call, Vec<Tensor>)> {
     let device = executor.device();
     let (m, n, k) = product.sizes()?;
     let kind = product.a.kind();
@@ -167,19 +183,12 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
         sums,
         keys: keys.unwrap_or(0),
         key_list,
+        sizes: (m, n, k),
+        error: product.error.cloned(),
+        is_f32: out_kind == Kind::Float,
+        adds,
     };
-    let launches = match m * n {
-        0 => Vec::new(),
-        _ => {
-            let (partials, tickets) = call.workspace((m, n, k), device)?;
-            let launch =
-                call.launch(executor, (m, n, k), product.error, out_kind == Kind::Float, adds, &partials, &tickets);
-            memory.extend(partials.into_iter().chain(tickets));
-            vec![launch?]
-        }
-    };
-    // SAFETY: `Needs` has checked device, dtype, shape and strides of everything that is pointed to; it is in `memory`.
-    Ok(unsafe { Prepared::new(launches, device, memory) })
+    Ok((call, memory))
 }
 
 impl Product<'_> {

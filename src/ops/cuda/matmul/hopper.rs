@@ -41,8 +41,8 @@ pub fn choose_hopper((m, n, k): (i64, i64, i64), multiprocessors: u32) -> Option
     full.min_by(|a, b| cost(a).total_cmp(&cost(b))).map(|tile| Choice { tile, splits: 1 })
 }
 
-pub fn launch(call: &Call, executor: &dyn Executor, (m, n, k): (u32, u32, u32), args: MatmulArgs) -> Result<Launch> {
-    let tile = call.choice.tile;
+pub fn launch(call: &Call, executor: &dyn Executor, args: MatmulArgs) -> Result<Launch> {
+    let (tile, (m, n, k)) = (call.choice.tile, (args.m, args.n, args.k));
     let boxes = |from, (rows, columns): (u32, u32), box_rows| Boxes {
         from,
         rows: rows.into(),

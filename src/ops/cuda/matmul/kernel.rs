@@ -14,6 +14,7 @@ use crate::{Error, Result};
 
 /// `MatmulArgs` of kernels/include/matmul_tile.cuh.
 #[repr(C)]
+#[derive(Clone, Copy)]
 pub struct MatmulArgs {
     a: *const c_void,
     b: *const c_void,
@@ -26,9 +27,9 @@ pub struct MatmulArgs {
     tickets: *mut c_void,
     scales: *const c_void,
     amax: *const c_void,
-    m: u32,
-    n: u32,
-    k: u32,
+    pub m: u32,
+    pub n: u32,
+    pub k: u32,
     law: u32,
     stream: u32,
     scale: f32,
@@ -65,39 +66,53 @@ pub struct Call {
     pub keys: u64,
     /// i64 [m], or null: then row r has `keys` + r.
     pub key_list: *mut c_void,
+    /// (m, n, k).
+    pub sizes: (i64, i64, i64),
+    pub error: Option<ErrorDraw>,
+    /// What is written is f32.
+    pub is_f32: bool,
+    pub adds: bool,
+}
+
+/// What splits need: their sums f32, and a counter of each tile.
+#[derive(Default)]
+pub struct Workspace {
+    partials: Option<Tensor>,
+    tickets: Option<Tensor>,
+}
+
+impl Workspace {
+    pub fn tensors(self) -> impl Iterator<Item = Tensor> {
+        self.partials.into_iter().chain(self.tickets)
+    }
 }
 
 impl Call {
-    /// What splits need: their sums f32, and a counter of each tile.
-    pub fn workspace(&self, sizes: (i64, i64, i64), device: Device) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    pub fn workspace(&self, device: Device) -> Result<Workspace> {
         if self.choice.splits == 1 {
-            return Ok((None, None));
+            return Ok(Workspace::default());
         }
-        let (tiles_m, tiles_n) = self.tiles(sizes);
+        let (tiles_m, tiles_n) = self.tiles();
         let tiles = i64::from(tiles_m) * i64::from(tiles_n);
         let area = i64::from(self.choice.tile.m * self.choice.tile.n);
         let partials = Tensor::f_empty([tiles * i64::from(self.choice.splits) * area], (Kind::Float, device))?;
-        Ok((Some(partials), Some(tickets(device, tiles)?)))
+        Ok(Workspace { partials: Some(partials), tickets: Some(tickets(device, tiles)?) })
     }
 
-    pub fn launch(
-        &self,
-        executor: &dyn Executor,
-        (m, n, k): (i64, i64, i64),
-        error: Option<&ErrorDraw>,
-        is_f32: bool,
-        adds: bool,
-        partials: &Option<Tensor>,
-        tickets: &Option<Tensor>,
-    ) -> Result<Launch> {
-        let (tiles_m, tiles_n) = self.tiles((m, n, k));
-        let Choice { tile, splits } = self.choice;
+    /// The arguments and the blocks of threads; the tensors of `workspace` are pointed to.
+    ///
+    /// # Errors
+    /// `Runtime` for sizes beyond one launch.
+    pub fn args(&self, workspace: &Workspace) -> Result<(MatmulArgs, u32)> {
+        let ((tiles_m, tiles_n), (m, n, k)) = (self.tiles(), self.sizes);
+        let splits = self.choice.splits;
         let blocks = u64::from(tiles_m) * u64::from(tiles_n) * u64::from(splits);
         let (Ok(m), Ok(n), Ok(k), Ok(blocks)) =
             (u32::try_from(m), u32::try_from(n), u32::try_from(k), u32::try_from(blocks))
         else {
             return Err(Error::Runtime(format!("matmul: [{m}, {k}] x [{k}, {n}] is too large for one launch")));
         };
+        let error = self.error.as_ref();
         let size = self.kind.elt_size_in_bytes();
         // The last dimension of each operand.
         let (last_a, last_b) = match self.layout {
@@ -108,14 +123,14 @@ impl Call {
         let aligned = |pointer: *mut c_void, last: u32, size: usize, to: usize| {
             (pointer as usize).is_multiple_of(to) && (last as usize * size).is_multiple_of(to)
         };
-        let out_size = if is_f32 { 4 } else { size };
+        let out_size = if self.is_f32 { 4 } else { size };
         let flag = |on: bool, bit: u32| if on { bit } else { 0 };
         let flags = flag(!self.key_list.is_null(), KEY_LIST)
             | flag(aligned(self.a, last_a, size, 16), ALIGNED_A)
             | flag(aligned(self.b, last_b, size, 16), ALIGNED_B)
             | flag(aligned(self.c, n, out_size, 8) && aligned(self.bias, 0, 0, 8), ALIGNED_C)
-            | flag(is_f32, F32)
-            | flag(adds, ADDS)
+            | flag(self.is_f32, F32)
+            | flag(self.adds, ADDS)
             | flag(self.layout == Layout::Tn, A_ROWS_LAST)
             | flag(matches!(self.layout, Layout::Nn | Layout::Tn), B_ROWS_LAST);
         let pointer = |tensor: &Option<Tensor>| tensor.as_ref().map_or(std::ptr::null_mut(), Tensor::data_ptr);
@@ -127,8 +142,8 @@ impl Call {
             keys: if self.key_list.is_null() { self.keys } else { self.key_list as u64 },
             seed: error.map_or(0, |draw| draw.seed),
             sums: self.sums,
-            partials: pointer(partials),
-            tickets: pointer(tickets),
+            partials: pointer(&workspace.partials),
+            tickets: pointer(&workspace.tickets),
             scales: self.scales,
             amax: self.amax,
             m,
@@ -144,20 +159,26 @@ impl Call {
             split_k: self.choice.split_k(i64::from(k)),
             unused: 0,
         };
+        Ok((args, blocks))
+    }
+
+    pub fn launch(&self, executor: &dyn Executor, workspace: &Workspace) -> Result<Launch> {
+        let (args, blocks) = self.args(workspace)?;
+        let tile = self.choice.tile;
         if tile.is_hopper {
-            return hopper::launch(self, executor, (m, n, k), args);
+            return hopper::launch(self, executor, args);
         }
         let (file, kernel) = self.kernel();
         Ok(Launch::new(file, kernel, blocks, &args).with_blocks_of(tile.threads, tile.shared_bytes))
     }
 
-    fn tiles(&self, (m, n, _): (i64, i64, i64)) -> (u32, u32) {
-        let tile = self.choice.tile;
+    fn tiles(&self) -> (u32, u32) {
+        let (tile, (m, n, _)) = (self.choice.tile, self.sizes);
         ((m as u32).div_ceil(tile.m), (n as u32).div_ceil(tile.n))
     }
 
     /// File and name.
-    fn kernel(&self) -> (&'static str, String) {
+    pub fn kernel(&self) -> (&'static str, String) {
         let (m, n) = (self.choice.tile.m, self.choice.tile.n);
         let (file, layout) = match self.layout {
             Layout::Nt => ("matmul_nt", "nt"),
