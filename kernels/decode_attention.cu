@@ -9,6 +9,7 @@
 // A block's teams take keys in turns and keep a softmax of their own, which the block joins in the teams' order. In f32 a team
 // are dim / 8 lanes, which have a key, 8 columns each. In 16 bits it is a warp, which takes 16 keys to the tensor cores: scores K Q^T
 // [16 keys, 8 queries], then V^T P^T [dim, 8 queries], with P as the sum of two 16-bit numbers: to 16 bits, not 8.
+// (So an infinite value gives NaN, where it would give infinity in f32.)
 
 #include "mma.cuh"
 #include "reduce.cuh"

@@ -228,7 +228,10 @@ const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const s
   body = &kernel;
   const uint32_t threads = cluster * block;
   if (fibers.size() < threads) fibers.resize(threads);
-  for (first_block = 0; first_block < grid; first_block += cluster) {
+  std::vector<uint32_t> clusters(grid / cluster);
+  arrange(clusters);
+  for (uint32_t number : clusters) {
+    first_block = number * cluster;
     memset(__start_temper_shared, 0xff, size_t(__stop_temper_shared - __start_temper_shared));
     for (uint32_t rank = 0; rank < cluster; ++rank) memset(dynamic_memory[rank], 0xff, shared_bytes);
     forget_boxes();

@@ -1,4 +1,4 @@
-// Runs a CUDA kernel on the host: one fiber per thread of a block, blocks in order. Tests only.
+// Runs a CUDA kernel on the host: one fiber per thread of a block, block after block. Tests only.
 //
 // What it shows: indexing, arithmetic (bit for bit, with -ffp-contract=off), a missing __syncthreads (shared memory
 // starts as NaN and threads run in the order a test asks for), a missing wait for an asynchronous copy, a barrier or shuffle
@@ -59,7 +59,8 @@ const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32
 uint8_t* dynamic_shared();
 
 // 0: all threads in turns, ascending; 1: the last warp as far as it gets, then the one before it; else all in turns, in a
-// permutation drawn anew after every barrier.
+// permutation drawn anew after every barrier. Blocks run to their end one after the other: ascending, the last first, or in a
+// permutation.
 void set_thread_order(uint32_t order);
 
 void barrier();  // of the block; of the cluster, where there is one

@@ -60,7 +60,7 @@ impl Attention {
         let (heads, kv_heads) = (config.num_attention_heads as i64, config.num_key_value_heads as i64);
         let dim = config.head_dim as i64;
         let input = LinearInput::new(x);
-        let [q, k, v] = Linear::forward_each([&self.q_proj, &self.k_proj, &self.v_proj], &input, pass)?;
+        let [q, k, v] = Linear::forward_each([&self.q_proj, &self.k_proj, &self.v_proj], [&input; 3], pass)?;
         let (q, k) = (q.f_view([-1, heads, dim])?, k.f_view([-1, kv_heads, dim])?);
         let (q, k) = ops::rotary::rotary(&q, &k, &rotary.cos, &rotary.sin)?;
         let v = v.f_view([-1, kv_heads, dim])?;

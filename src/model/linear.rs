@@ -12,23 +12,22 @@ use super::pass::Pass;
 use crate::numerics::noise_key::Phase;
 use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::PackedWeight;
-use crate::ops::noisy_linear::{self, NoisyLinearCall, Part, Weight, noisy_linear};
+use crate::ops::noisy_linear::{self, FEW_ROWS, NoisyLinearCall, Part, Weight, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
 use crate::{Error, Result};
 
-/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. On an H200 MXFP4 takes
-/// .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7; bench/results/2026-11-26-h200-kernels.json).
+/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. With noise, on an H200, MXFP4
+/// takes .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7; bench/results/2026-11-26-h200-kernels.json).
 const PACKED_ROWS: i64 = 16;
 
-/// Products over at most so many rows on a GPU take as long as their launches.
-const LAUNCH_BOUND_ROWS: i64 = 128;
+/// Whether the launch of a product of x, which wants no gradient, is what it costs.
+fn waits_for_launches(x: &Tensor, pass: &Pass) -> bool {
+    let is_short = x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS;
+    x.device() != Device::Cpu && is_short && !pass.differentiable && !pass.recomputing
+}
 
-/// Whether our kernel makes this product without a gradient, and its launch is what it costs.
-fn waits_for_launches(part: &Part, pass: &Pass) -> bool {
-    let is_few =
-        part.x.device() != Device::Cpu && part.x.kind() == Kind::BFloat16 && part.x.size()[0] <= LAUNCH_BOUND_ROWS;
-    let is_ours = matches!(part.weight, Weight::Packed(_)) || part.call.forward.draw.is_some();
-    is_few && is_ours && !pass.differentiable && !pass.recomputing
+fn as_many<const N: usize>(outputs: Vec<Tensor>) -> Result<[Tensor; N]> {
+    outputs.try_into().map_err(|_| Error::Runtime(format!("linear: expected {N} products")))
 }
 
 /// One place of the module list whose product the plan may touch, and what is derived from its weight.
@@ -149,20 +148,30 @@ impl Linear {
         self.adapted(self.product(&self.part(input, pass)?)?, input, pass)
     }
 
-    /// Of several linears that read one input. Of few rows on a GPU their products are one launch.
+    /// Of several linears, each with its input, of the same rows. Of few rows on a GPU their products are one launch, and so are
+    /// those of their adapters.
     pub fn forward_each<const N: usize>(
         linears: [&Linear; N],
-        input: &LinearInput,
+        inputs: [&LinearInput; N],
         pass: &Pass,
     ) -> Result<[Tensor; N]> {
-        let parts = linears.iter().map(|linear| linear.part(input, pass)).collect::<Result<Vec<Part>>>()?;
-        let products = match parts.iter().all(|part| waits_for_launches(part, pass)) {
-            true => noisy_linear::forward_together(&Gpu::of("linear: x", input.x())?, &parts)?,
-            false => linears.iter().zip(&parts).map(|(linear, part)| linear.product(part)).collect::<Result<_>>()?,
-        };
-        let outputs = linears.iter().zip(products).map(|(linear, y)| linear.adapted(y, input, pass));
-        let outputs = outputs.collect::<Result<Vec<Tensor>>>()?;
-        outputs.try_into().map_err(|_| Error::Runtime(format!("linear: expected {N} products")))
+        let all = || linears.iter().zip(inputs);
+        if !inputs.iter().all(|input| waits_for_launches(input.x(), pass)) {
+            return as_many(all().map(|(linear, input)| linear.forward_shared(input, pass)).collect::<Result<_>>()?);
+        }
+        let parts = all().map(|(linear, input)| linear.part(input, pass)).collect::<Result<Vec<Part>>>()?;
+        let products = noisy_linear::forward_together(&Gpu::of("linear: x", inputs[0].x())?, &parts)?;
+        let adapters: Option<Vec<&Adapter>> = linears.iter().map(|linear| linear.active_adapter(pass)).collect();
+        match adapters.map(<[&Adapter; N]>::try_from) {
+            Some(Ok(adapters)) => {
+                let added = Adapter::forward_each(adapters, inputs, pass)?;
+                as_many(products.iter().zip(added).map(|(y, added)| Ok(y.f_add(&added)?)).collect::<Result<_>>()?)
+            }
+            _ => {
+                let adapted = all().zip(products).map(|((linear, input), y)| linear.adapted(y, input, pass));
+                as_many(adapted.collect::<Result<_>>()?)
+            }
+        }
     }
 
     fn part(&self, input: &LinearInput, pass: &Pass) -> Result<Part<'_>> {
@@ -188,10 +197,14 @@ impl Linear {
 
     /// With what the adapter adds.
     fn adapted(&self, y: Tensor, input: &LinearInput, pass: &Pass) -> Result<Tensor> {
-        match &self.adapter {
-            Some(adapter) if pass.phase != Phase::RefLogprobs => Ok(y.f_add(&adapter.forward(input, pass)?)?),
-            _ => Ok(y),
+        match self.active_adapter(pass) {
+            Some(adapter) => Ok(y.f_add(&adapter.forward(input, pass)?)?),
+            None => Ok(y),
         }
+    }
+
+    fn active_adapter(&self, pass: &Pass) -> Option<&Adapter> {
+        self.adapter.as_deref().filter(|_| pass.phase != Phase::RefLogprobs)
     }
 }
 

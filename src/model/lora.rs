@@ -48,6 +48,21 @@ impl Adapter {
         Ok(self.b.forward(&inner, pass)?.f_mul_scalar(self.scale)?)
     }
 
+    /// As [`Adapter::forward`], of several linears'.
+    pub fn forward_each<const N: usize>(
+        adapters: [&Adapter; N],
+        inputs: [&LinearInput; N],
+        pass: &Pass,
+    ) -> Result<[Tensor; N]> {
+        let inner = Linear::forward_each(adapters.map(|adapter| &adapter.a), inputs, pass)?;
+        let inner = inner.each_ref().map(LinearInput::new);
+        let outputs = Linear::forward_each(adapters.map(|adapter| &adapter.b), inner.each_ref(), pass)?;
+        for (y, adapter) in outputs.iter().zip(adapters) {
+            let _ = y.shallow_clone().f_mul_scalar_(adapter.scale)?;
+        }
+        Ok(outputs)
+    }
+
     /// (alpha / r) B A in f32, [out, in].
     fn product(&self) -> Result<Tensor> {
         let [a, b] = [&self.a, &self.b].map(|linear| linear.weight.exact().f_to_kind(Kind::Float));

@@ -28,7 +28,7 @@ pub struct Mlp {
 impl Mlp {
     fn forward(&self, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         let input = LinearInput::new(x);
-        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], &input, pass)?;
+        let [gate, up] = Linear::forward_each([&self.gate_proj, &self.up_proj], [&input; 2], pass)?;
         self.down_proj.forward(&swiglu(&gate, &up)?, pass)
     }
 }

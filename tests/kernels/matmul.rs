@@ -198,7 +198,8 @@ fn the_epilogue_is_the_law_the_bias_and_one_rounding() {
     }
 }
 
-/// q, k and v; each has the bits that it has alone, its own draws, its own bias, its own sums.
+/// q, k and v; each has the bits that it has alone, its own draws, its own bias, its own sums. Blocks in a permutation: those of a
+/// product that counted on another's tickets would end with parts that are not there.
 #[test]
 fn products_together_are_each_alone() {
     let (k, stream) = (560, 0x1400_0000);

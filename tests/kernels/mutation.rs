@@ -84,6 +84,11 @@ fn bytes(t: &Tensor) -> Vec<u8> {
     bytes
 }
 
+/// Sums in f32: their order depends on that of blocks and threads.
+fn of_any_order(sums: &Tensor) -> Result<Vec<u8>> {
+    Ok(format!("{:?}", read_sums(sums)?[0].map(|s| s as f32)).into_bytes())
+}
+
 /// What kernels with shared memory make: amaxes, square tiles, sums of a block.
 fn results(executor: &dyn Executor) -> Result<Made> {
     let x = tensor(&nasty(40, 272, 2, false), 40, 272, Kind::BFloat16);
@@ -94,14 +99,17 @@ fn results(executor: &dyn Executor) -> Result<Made> {
         let batch = quantize(executor, format.parse().unwrap(), &[matrix], wanted)?;
         let made = &batch.matrices[0];
         found.extend(made.dequantized.iter().chain(&made.amax).map(bytes));
-        found.push(format!("{:?}", batch.error_sums()?).into_bytes());
+        found.extend(batch.error_sums()?.iter().map(|s| {
+            let sums = [s.x_sq, s.q_sq, s.x_q, s.error_sq, s.max_abs_error, s.relative].map(|sum| sum as f32);
+            format!("{sums:?} {:?}", [s.elements, s.nonzero, s.deadzone, s.saturated, s.nonfinite]).into_bytes()
+        }));
     }
     let (out, sums) = (x.empty_like(), new_sums(1, Device::Cpu)?);
     let law = Law { law: ErrorLaw::RelativeGaussian, seed: 3, sums: Some(&sums) };
     let keys = RowKeys::consecutive(0, 40);
     let noisy = Noisy { y: &x, into: Destination::Store(&out), bias: None, keys: &keys, scale: 0.05, stream: 1 };
     add_noise(executor, &law, &[noisy])?;
-    found.extend([bytes(&out), bytes(&sums)]);
+    found.extend([bytes(&out), of_any_order(&sums)?]);
     // Several rows a block, several parts.
     let norm = NormBackward {
         s: &x.clamp(-8.0, 8.0),
@@ -183,9 +191,7 @@ fn hopper_results(executor: &dyn Executor) -> Result<Made> {
     let all = product.choices(&*executor.properties()?)?;
     let choice = all.into_iter().find(|choice| choice.tile.is_hopper && choice.tile.n == 128).unwrap();
     matmul::prepare_as(executor, &product, choice)?.run(executor)?;
-    // Their order depends on that of the threads.
-    let sums = read_sums(&sums)?[0].map(|s| s as f32);
-    Ok(vec![bytes(&out), format!("{sums:?}").into_bytes()])
+    Ok(vec![bytes(&out), of_any_order(&sums)?])
 }
 
 type Run = unsafe extern "C" fn(*const c_char, u32, u32, u32, *const c_void, usize) -> *const c_char;

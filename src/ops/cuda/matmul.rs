@@ -22,7 +22,7 @@ use crate::ops::matmul_error::{ErrorDraw, RowKeys};
 use crate::{Error, Result};
 pub use group::{choose_together, matmul_together, prepare_together};
 use hopper::{choose_hopper, hopper_choices};
-use kernel::Call;
+use kernel::{Call, Workspace};
 pub use measured::{MeasuredChoice, choices_of_others, read_choices};
 pub use packed::PackedWeight;
 pub use tile::{Choice, TileShape, choices, choose};
@@ -106,9 +106,10 @@ pub fn prepare_as(executor: &dyn Executor, product: &Product, choice: Choice) ->
     let (m, n, _) = call.sizes;
     let mut launches = Vec::new();
     if m * n > 0 {
-        let workspace = call.workspace(executor.device())?;
-        launches.push(call.launch(executor, &workspace)?);
-        memory.extend(workspace.tensors());
+        for workspace in Workspace::of(&[&call], executor.device())? {
+            launches.push(call.launch(executor, &workspace)?);
+            memory.extend(workspace.tensors());
+        }
     }
     // SAFETY: `checked` has checked everything that is pointed to; it is in `memory`.
     Ok(unsafe { Prepared::new(launches, executor.device(), memory) })

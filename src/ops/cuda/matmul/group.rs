@@ -3,7 +3,7 @@
 
 use tch::Kind;
 
-use super::kernel::MatmulArgs;
+use super::kernel::{MatmulArgs, Workspace};
 use super::tile::{Choice, choose};
 use super::{Layout, Product, checked, matmul};
 use crate::ops::cuda::launch::{Executor, Launch, Prepared, Properties};
@@ -65,19 +65,22 @@ pub fn choose_together(products: &[Product], properties: &Properties) -> Result<
 /// # Errors
 /// As [`matmul`]; `Runtime` where their number has no kernel.
 pub fn prepare_together(executor: &dyn Executor, products: &[Product], choice: Choice) -> Result<Prepared> {
-    let (mut memory, mut all, mut first_block, mut blocks) = (Vec::new(), Vec::new(), [0; MOST], 0u32);
-    let mut kernel = ("", String::new());
-    for (product, first) in products.iter().zip(&mut first_block) {
+    let (mut memory, mut calls) = (Vec::new(), Vec::new());
+    for product in products {
         let (call, tensors) = checked(executor, product, choice)?;
-        let workspace = call.workspace(executor.device())?;
-        let (args, of_product) = call.args(&workspace)?;
-        *first = blocks;
-        blocks += of_product;
-        kernel = call.kernel();
-        all.push(args);
-        memory.extend(tensors.into_iter().chain(workspace.tensors()));
+        memory.extend(tensors);
+        calls.push(call);
     }
-    let (Some(first), 1..=MOST) = (all.first(), products.len()) else {
+    let workspaces = Workspace::of(&calls.iter().collect::<Vec<_>>(), executor.device())?;
+    let (mut all, mut first_block, mut blocks) = (Vec::new(), [0; MOST], 0u32);
+    for ((call, workspace), first) in calls.iter().zip(workspaces).zip(&mut first_block) {
+        let (args, of_call) = call.args(&workspace)?;
+        *first = blocks;
+        blocks += of_call;
+        all.push(args);
+        memory.extend(workspace.tensors());
+    }
+    let (Some(first), Some(call), 1..=MOST) = (all.first(), calls.first(), products.len()) else {
         return Err(Error::Runtime(format!("matmul: found {} products, expected 1 to {MOST}", products.len())));
     };
     let group = MatmulGroup {
@@ -85,7 +88,8 @@ pub fn prepare_together(executor: &dyn Executor, products: &[Product], choice: C
         first_block,
         count: products.len() as u32,
     };
-    let launch = Launch::new(kernel.0, format!("{}_group", kernel.1), blocks, &group);
+    let (file, kernel) = call.kernel();
+    let launch = Launch::new(file, format!("{kernel}_group"), blocks, &group);
     let launch = launch.with_blocks_of(choice.tile.threads, choice.tile.shared_bytes);
     // SAFETY: `checked` has checked everything that is pointed to; it is in `memory`.
     Ok(unsafe { Prepared::new(vec![launch], executor.device(), memory) })

@@ -82,21 +82,35 @@ pub struct Workspace {
 }
 
 impl Workspace {
+    /// Of the calls of one launch, whose blocks run at the same time: of each its own.
+    pub fn of(calls: &[&Call], device: Device) -> Result<Vec<Workspace>> {
+        let counts: Vec<i64> = calls.iter().map(|call| call.counters()).collect();
+        let all = match counts.iter().sum() {
+            0 => None,
+            total => Some(tickets(device, total)?),
+        };
+        let mut first = 0;
+        let each = calls.iter().zip(counts).map(|(call, count)| {
+            let Some(all) = all.as_ref().filter(|_| count > 0) else { return Ok(Workspace::default()) };
+            let area = i64::from(call.choice.tile.m * call.choice.tile.n);
+            let partials = Tensor::f_empty([count * i64::from(call.choice.splits) * area], (Kind::Float, device))?;
+            let tickets = all.f_narrow(0, first, count)?;
+            first += count;
+            Ok(Workspace { partials: Some(partials), tickets: Some(tickets) })
+        });
+        each.collect()
+    }
+
     pub fn tensors(self) -> impl Iterator<Item = Tensor> {
         self.partials.into_iter().chain(self.tickets)
     }
 }
 
 impl Call {
-    pub fn workspace(&self, device: Device) -> Result<Workspace> {
-        if self.choice.splits == 1 {
-            return Ok(Workspace::default());
-        }
+    /// Tiles, where they are split.
+    fn counters(&self) -> i64 {
         let (tiles_m, tiles_n) = self.tiles();
-        let tiles = i64::from(tiles_m) * i64::from(tiles_n);
-        let area = i64::from(self.choice.tile.m * self.choice.tile.n);
-        let partials = Tensor::f_empty([tiles * i64::from(self.choice.splits) * area], (Kind::Float, device))?;
-        Ok(Workspace { partials: Some(partials), tickets: Some(tickets(device, tiles)?) })
+        if self.choice.splits == 1 { 0 } else { i64::from(tiles_m) * i64::from(tiles_n) }
     }
 
     /// The arguments and the blocks of threads; the tensors of `workspace` are pointed to.

@@ -1,5 +1,5 @@
 //! Choices that were measured to be fastest: choices.json, which `temper bench kernels --device cuda --choices FILE` writes and
-//! which is built in. A device without an entry has the model of tile.rs.
+//! which is built in. A product without an entry has the model of hopper.rs or tile.rs.
 
 use std::sync::LazyLock;
 

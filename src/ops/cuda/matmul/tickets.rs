@@ -1,5 +1,6 @@
 //! The counters by which the splits of a tile find out who is last. A kernel leaves them zero as it found them, and launches of a
-//! device follow each other on one stream, so all share one block of zeros: clearing one for each product would be a launch each.
+//! device follow each other on one stream, so all launches share one block of zeros: clearing some for each would be a launch more.
+//! Within a launch every tile has its own.
 
 use std::sync::Mutex;
 
@@ -7,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::Result;
 
-/// Of a device: more tiles than a product that is split ever has.
+/// Of a device: more tiles than a launch with splits ever has.
 const SHARED: i64 = 16384;
 
 static OF_DEVICES: Mutex<Vec<(Device, Tensor)>> = Mutex::new(Vec::new());
