@@ -68,7 +68,7 @@ build_tests() {
 # configs/, with the built binary on PATH.
 readme_examples() {
   awk -v dir="$work" '/^```sh ci$/ { n += 1; inside = 1; next } /^```/ { inside = 0 } inside { print > (dir "/example" n ".sh") }' README.md
-  local example status=0 bin place="$work/readme"
+  local example job status=0 bin place="$work/readme"
   bin=$(cd "$(dirname "$TEMPER")" && pwd)
   mkdir "$place" && ln -s "$PWD/configs" "$place/configs"
   for example in "$work"/example*.sh; do
@@ -81,6 +81,10 @@ readme_examples() {
       cat "$example" >&2
       tail -n 20 "$work/example.log" >&2
     fi
+  done
+  # Jobs that the examples left end before their directory goes.
+  for job in "$place"/jobs/jobs/*; do
+    (cd "$place" && "$bin/temper" logs -f "$(basename "$job")" >/dev/null 2>&1) || true
   done
   return "$status"
 }

@@ -24,6 +24,7 @@ constexpr size_t kDynamicBytes = 163 * 1024, kHopperBytes = 227 * 1024;  // that
 constexpr uint32_t kMostBlocks = 2;  // of a cluster
 
 std::mutex launch_lock;
+thread_local uint32_t wanted_order = 0;  // of this caller's launches
 uint32_t thread_order = 0;
 uint64_t order_state = 0;
 std::vector<Fiber> fibers;
@@ -146,11 +147,7 @@ const char* run_threads_to_end(uint32_t count) {
 
 }  // namespace
 
-void set_thread_order(uint32_t order) {
-  std::lock_guard<std::mutex> hold(launch_lock);
-  thread_order = order;
-  order_state = order;
-}
+void set_thread_order(uint32_t order) { wanted_order = order; }
 
 Fiber& self() { return fibers[running]; }
 
@@ -219,6 +216,8 @@ const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32
 const char* launch(uint32_t grid, uint32_t block, uint32_t shared_bytes, const std::function<void()>& kernel,
                    uint32_t cluster) {
   std::lock_guard<std::mutex> hold(launch_lock);
+  thread_order = wanted_order;
+  order_state = wanted_order;
   if (block == 0 || block > 1024 || grid == 0) return "a launch without threads, or with more than 1024 a block";
   if (cluster > kMostBlocks || grid % cluster != 0) return "a grid that is not whole clusters of at most 2 blocks";
   if (shared_bytes > (cluster > 1 ? kHopperBytes : kDynamicBytes)) {

@@ -59,7 +59,7 @@ const char* launch_entry(const char* name, uint32_t grid, uint32_t block, uint32
 uint8_t* dynamic_shared();
 
 // 0: all threads in turns, ascending; 1: the last warp as far as it gets, then the one before it; else all in turns, in a
-// permutation drawn anew after every barrier. Blocks run to their end one after the other: ascending, the last first, or in a
+// permutation drawn anew after every barrier. Of the launches of the calling thread. Blocks run to their end one after the other: ascending, the last first, or in a
 // permutation.
 void set_thread_order(uint32_t order);
 

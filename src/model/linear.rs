@@ -23,7 +23,7 @@ const PACKED_ROWS: i64 = 16;
 /// Whether the launch of a product of x, which wants no gradient, is what it costs.
 fn waits_for_launches(x: &Tensor, pass: &Pass) -> bool {
     let is_short = x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS;
-    x.device() != Device::Cpu && is_short && !pass.differentiable && !pass.recomputing
+    x.device() != Device::Cpu && is_short && !pass.is_trained()
 }
 
 fn as_many<const N: usize>(outputs: Vec<Tensor>) -> Result<[Tensor; N]> {
@@ -94,7 +94,7 @@ impl Site {
     fn packed(&self, pass: &Pass, rows: i64) -> Option<Rc<PackedWeight>> {
         let injector = pass.injector.filter(|injector| pass.fake_quant && injector.quantizes(pass.phase))?;
         let noised = injector.aqn_applies(pass.phase) && self.aqn_weight.borrow().is_some();
-        if pass.differentiable || pass.recomputing || noised || rows > PACKED_ROWS {
+        if pass.is_trained() || noised || rows > PACKED_ROWS {
             return None;
         }
         self.packed.borrow().clone()

@@ -22,6 +22,8 @@ pub struct Pass<'a> {
     pub fake_quant: bool,
     /// A backward pass will follow.
     pub differentiable: bool,
+    /// The same rows will go through again, for their gradients, and shall have the same bits then.
+    pub to_recompute: bool,
     /// The same rows went through before and were measured then: measure nothing.
     pub recomputing: bool,
     /// Number of the dW draw under `dw_draw: per_microbatch`.
@@ -44,6 +46,7 @@ impl<'a> Pass<'a> {
             matmul_error: false,
             fake_quant: false,
             differentiable: false,
+            to_recompute: false,
             recomputing: false,
             microbatch_draw: 0,
             measure_norms: false,
@@ -55,6 +58,11 @@ impl<'a> Pass<'a> {
 
     pub fn injected(injector: &'a Injector, phase: Phase, keys: RowKeys) -> Pass<'a> {
         Pass { injector: Some(injector), phase, matmul_error: true, fake_quant: true, ..Pass::clean(keys) }
+    }
+
+    /// Whether it is part of a training step: then it takes the products that a pass with gradients takes, to the bit.
+    pub fn is_trained(&self) -> bool {
+        self.differentiable || self.to_recompute || self.recomputing
     }
 
     /// The same pass over other rows.

@@ -50,7 +50,9 @@ impl<'a> Recompute<'a> {
         let residual = {
             let _no_grad = tch::no_grad_guard();
             let attend = Attend::Full { packing: &packing, store: None };
-            let first = Pass { differentiable: false, observer: Some(&kept), ..pass.with_keys(pass.keys.clone()) };
+            let keys = pass.keys.clone();
+            let first =
+                Pass { differentiable: false, to_recompute: true, observer: Some(&kept), ..pass.with_keys(keys) };
             model.residual(&ids, &positions, &attend, &first)?
         };
         let residual = residual.f_detach()?.f_set_requires_grad(true)?;

@@ -38,7 +38,7 @@ impl Executor for Shim {
     unsafe fn run(&self, launch: &Launch) -> Result<()> {
         let name = CString::new(launch.kernel.as_str()).unwrap();
         let (args, bytes) = launch.args();
-        // SAFETY: takes a number and holds the shim's own lock.
+        // SAFETY: takes a number, for the launches of this thread.
         unsafe { temper_host_thread_order(self.0) };
         // SAFETY: the shim checks name and size of the struct; what it points to is the caller's promise.
         let error =
@@ -57,7 +57,7 @@ fn check(error: crate::ffi::Error) -> std::result::Result<(), String> {
 
 /// A kernel that lacks a barrier: what each thread read.
 pub fn missing_barrier(block: u32, order: u32) -> Vec<f32> {
-    // SAFETY: takes a number and holds the shim's own lock.
+    // SAFETY: takes a number, for the launches of this thread.
     unsafe { temper_host_thread_order(order) };
     let mut out = vec![0.0; block as usize];
     // SAFETY: out holds a value a thread.

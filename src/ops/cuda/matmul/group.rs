@@ -48,7 +48,7 @@ pub fn choose_together(products: &[Product], properties: &Properties) -> Result<
         columns += n;
     }
     let is_forward = |p: &Product| p.a.kind() == Kind::BFloat16 && matches!(p.into, Destination::Store(_));
-    if !(2..=MOST).contains(&products.len()) || m == 0 || !products.iter().all(is_forward) {
+    if !(2..=MOST).contains(&products.len()) || m * columns == 0 || !products.iter().all(is_forward) {
         return Ok(None);
     }
     let choice = choose(layout, Kind::BFloat16, (m, columns, k), properties.multiprocessors);
