@@ -4,6 +4,7 @@
 mod decoding;
 mod fake_quant;
 mod matmul;
+mod model;
 mod noise;
 mod small_ops;
 mod torch;
@@ -79,6 +80,8 @@ pub fn run(executor: &dyn Executor, sizes: &Sizes, progress: &dyn Fn(&str)) -> R
     decoding::checks(executor, &mut checks)?;
     progress("packed_attention, cuda_graph");
     torch::checks(executor, &mut checks)?;
+    progress("model");
+    model::checks(executor, &mut checks)?;
     Ok(checks)
 }
 
