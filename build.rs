@@ -77,6 +77,7 @@ fn hash_of_sources(root: &Path) -> Result<String> {
             left.push(path.join(entry.map_err(|e| format!("{}: {e}", there.display()))?.file_name()));
         }
     }
+    // By bytes, not by components.
     files.sort_by(|a, b| a.as_os_str().cmp(b.as_os_str()));
     let mut all = Sha256::new();
     for path in files {

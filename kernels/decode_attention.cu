@@ -71,7 +71,7 @@ TEMPER_DEVICE Joined join(uint32_t count, const Part& part) {
 template <uint32_t kDim>
 TEMPER_DEVICE void attend(const float* q, const float* keys, const float* values, uint32_t begin, uint32_t end,
                           uint32_t queries, float scale, DecodeShared<float, kDim>& shared) {
-  constexpr uint32_t kLanes = kDim / 8, kTeams = kDecodeThreads / kLanes;
+  constexpr uint32_t kLanes = kDim / 8, kTeams = DecodeShared<float, kDim>::kTeams;
   constexpr uint32_t kStep = 2;  // keys of a team that are under way at once
   const uint32_t team = threadIdx.x / kLanes, column = threadIdx.x % kLanes * 8;
   float sum[kQueries][8] = {}, largest[kQueries], weight[kQueries];
@@ -190,11 +190,11 @@ TEMPER_DEVICE void attend(const T* q, const T* keys, const T* values, uint32_t b
     uint32_t large[2], small[2];  // P^T: its columns are queries now
 #pragma unroll
     for (uint32_t half = 0; half < 2; ++half) {
-      float rest[2] = {p[2 * half], p[2 * half + 1]}, most[2] = {rest[0], rest[1]};
-      const uint32_t pair = narrowed_pair(dtype, most[0], most[1]);
-      round_pair(dtype, most[0], most[1]);
+      const float* of = &p[2 * half];
+      const uint32_t pair = narrowed_pair(dtype, of[0], of[1]);
+      const float kept[2] = {widened(T{uint16_t(pair)}), widened(T{uint16_t(pair >> 16)})};
       large[half] = transposed_matrix(pair);
-      small[half] = transposed_matrix(narrowed_pair(dtype, rest[0] - most[0], rest[1] - most[1]));
+      small[half] = transposed_matrix(narrowed_pair(dtype, of[0] - kept[0], of[1] - kept[1]));
     }
 #pragma unroll
     for (uint32_t tile = 0; tile < 2 * kParts; ++tile) {

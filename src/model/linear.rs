@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::linear_input::LinearInput;
 use super::lora::Adapter;
@@ -12,22 +12,17 @@ use super::pass::Pass;
 use crate::numerics::noise_key::Phase;
 use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::PackedWeight;
-use crate::ops::noisy_linear::{self, FEW_ROWS, NoisyLinearCall, Part, Weight, noisy_linear};
+use crate::ops::noisy_linear::{self, NoisyLinearCall, Part, Weight, has_few_rows, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
 use crate::{Error, Result};
 
-/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. With noise, on an H200, MXFP4
-/// takes .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7; bench/results/2026-11-26-h200-kernels.json).
+/// A product over at most so many rows reads a packed weight: it takes as long as the weight takes to arrive. With noise, on an
+/// H200, MXFP4 takes .86 of bf16's time at 8 rows and 1.17 at 64 (NVFP4 1.0 and 1.7;
+/// bench/results/2026-11-26-h200-kernels.json).
 const PACKED_ROWS: i64 = 16;
 
-/// Whether the launch of a product of x, which wants no gradient, is what it costs.
-fn waits_for_launches(x: &Tensor, pass: &Pass) -> bool {
-    let is_short = x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS;
-    x.device() != Device::Cpu && is_short && !pass.is_trained()
-}
-
-fn as_many<const N: usize>(outputs: Vec<Tensor>) -> Result<[Tensor; N]> {
-    outputs.try_into().map_err(|_| Error::Runtime(format!("linear: expected {N} products")))
+fn as_many<T, const N: usize>(items: Vec<T>) -> Result<[T; N]> {
+    items.try_into().map_err(|_| Error::Runtime(format!("linear: expected {N} products")))
 }
 
 /// One place of the module list whose product the plan may touch, and what is derived from its weight.
@@ -156,22 +151,20 @@ impl Linear {
         pass: &Pass,
     ) -> Result<[Tensor; N]> {
         let all = || linears.iter().zip(inputs);
-        if !inputs.iter().all(|input| waits_for_launches(input.x(), pass)) {
+        if pass.is_trained() || !inputs.iter().all(|input| has_few_rows(input.x())) {
             return as_many(all().map(|(linear, input)| linear.forward_shared(input, pass)).collect::<Result<_>>()?);
         }
         let parts = all().map(|(linear, input)| linear.part(input, pass)).collect::<Result<Vec<Part>>>()?;
         let products = noisy_linear::forward_together(&Gpu::of("linear: x", inputs[0].x())?, &parts)?;
         let adapters: Option<Vec<&Adapter>> = linears.iter().map(|linear| linear.active_adapter(pass)).collect();
-        match adapters.map(<[&Adapter; N]>::try_from) {
-            Some(Ok(adapters)) => {
-                let added = Adapter::forward_each(adapters, inputs, pass)?;
-                as_many(products.iter().zip(added).map(|(y, added)| Ok(y.f_add(&added)?)).collect::<Result<_>>()?)
+        let outputs: Result<Vec<Tensor>> = match adapters {
+            Some(adapters) => {
+                let added = Adapter::forward_each(as_many(adapters)?, inputs, pass)?;
+                products.iter().zip(added).map(|(y, added)| Ok(y.f_add(&added)?)).collect()
             }
-            _ => {
-                let adapted = all().zip(products).map(|((linear, input), y)| linear.adapted(y, input, pass));
-                as_many(adapted.collect::<Result<_>>()?)
-            }
-        }
+            None => all().zip(products).map(|((linear, input), y)| linear.adapted(y, input, pass)).collect(),
+        };
+        as_many(outputs?)
     }
 
     fn part(&self, input: &LinearInput, pass: &Pass) -> Result<Part<'_>> {

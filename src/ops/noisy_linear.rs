@@ -66,7 +66,17 @@ fn product_f32(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 }
 
 /// Products over at most so many rows on a GPU take as long as their launches.
-pub const FEW_ROWS: i64 = 128;
+const FEW_ROWS: i64 = 128;
+
+/// Whether a forward product of x [tokens, in] has a kernel of ours for few rows, and as few.
+pub fn has_few_rows(x: &Tensor) -> bool {
+    x.device() != Device::Cpu && x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS
+}
+
+/// Where the error of a product is added up on the device; None: it has none, or nobody asks.
+fn device_sums(executor: &dyn Executor, draw: &Option<ErrorDraw>, sink: Option<&SumsSink>) -> Result<Option<Tensor>> {
+    sink.filter(|_| draw.is_some()).map(|sink| sink.device_sums(executor.device())).transpose()
+}
 
 /// The product and its error in one launch of our kernel; whether there is one for it. A product without error is the library's,
 /// but where ours keeps step, on a Hopper and over few rows: the library's f32 result would be read again to be rounded or added.
@@ -75,7 +85,7 @@ fn own_product(
     (a, b): (&Tensor, &Tensor),
     into: Destination,
     bias: Option<&Tensor>,
-    error: (&Option<ErrorDraw>, Option<&SumsSink>),
+    (draw, sink): (&Option<ErrorDraw>, Option<&SumsSink>),
     keys: &RowKeys,
 ) -> Result<bool> {
     if a.device() == Device::Cpu {
@@ -83,20 +93,15 @@ fn own_product(
     }
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
     let gpu = Gpu::of("noisy_linear: x", &a)?;
-    let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: error.0.as_ref(), keys, sums: None };
+    let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: draw.as_ref(), keys, sums: None };
     let is_whole = matches!(into, Destination::Store(out) if out.kind() == Kind::Float);
-    let is_short = layout == Layout::Nt && a.kind() == Kind::BFloat16 && a.size()[0] <= FEW_ROWS;
-    if product.error.is_none() && (is_whole || !is_short && !product.is_for_hopper(&gpu)?) {
+    let is_short = layout == Layout::Nt && has_few_rows(&a);
+    if draw.is_none() && (is_whole || !is_short && !product.is_for_hopper(&gpu)?) {
         return Ok(false);
     }
-    measured_product(&gpu, product, error.1.filter(|_| product.error.is_some()))?;
+    let sums = device_sums(&gpu, draw, sink)?;
+    matmul(&gpu, &Product { sums: sums.as_ref(), ..product })?;
     Ok(true)
-}
-
-/// A product whose error is added up in `sink`.
-fn measured_product(executor: &dyn Executor, product: Product, sink: Option<&SumsSink>) -> Result<()> {
-    let sums = sink.map(|sink| sink.device_sums(executor.device())).transpose()?;
-    matmul(executor, &Product { sums: sums.as_ref(), ..product })
 }
 
 /// The forward product with its error. No gradient.
@@ -149,12 +154,9 @@ pub struct Part<'a> {
 /// As `ops::cuda::matmul::matmul`.
 pub fn forward_together(executor: &dyn Executor, parts: &[Part]) -> Result<Vec<Tensor>> {
     let xs = parts.iter().map(|part| Ok(part.x.f_contiguous()?)).collect::<Result<Vec<Tensor>>>()?;
-    let sums = parts.iter().map(|part| {
-        let error = &part.call.forward;
-        let sink = error.sink.as_ref().filter(|_| error.draw.is_some());
-        sink.map(|sink| sink.device_sums(executor.device())).transpose()
-    });
-    let sums = sums.collect::<Result<Vec<_>>>()?;
+    let errors = parts.iter().map(|part| &part.call.forward);
+    let sums =
+        errors.map(|error| device_sums(executor, &error.draw, error.sink.as_ref())).collect::<Result<Vec<_>>>()?;
     let out = xs
         .iter()
         .zip(parts)
