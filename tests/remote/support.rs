@@ -142,10 +142,11 @@ impl Client {
 
     pub fn wait_for(&self, id: &str, state: &str) -> Value {
         let mut last = Value::Null;
-        wait_until(&format!("{id} is {state}"), || {
+        let is_there = || {
             last = self.job(id);
             last["state"] == state
-        });
+        };
+        assert!(comes_true(is_there), "waited in vain: {id} is {state}; last seen: {last}");
         last
     }
 
@@ -165,8 +166,11 @@ impl Client {
         self.starts(id).remove(0)
     }
 
+    /// Whole or not at all: a stand-in that found the file before its code was in it would end with 2.
     pub fn end(&self, id: &str, code: i32) {
-        std::fs::write(self.run_file(id, "stop"), code.to_string()).unwrap();
+        let written = self.run_file(id, "stop.part");
+        std::fs::write(&written, code.to_string()).unwrap();
+        std::fs::rename(written, self.run_file(id, "stop")).unwrap();
     }
 
     /// Names below a directory of the host's root, hidden ones too, sorted.
@@ -210,13 +214,18 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-pub fn wait_until(what: &str, mut ready: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, ready: impl FnMut() -> bool) {
+    assert!(comes_true(ready), "waited in vain: {what}");
+}
+
+/// Whether `ready` is true before patience ends.
+fn comes_true(mut ready: impl FnMut() -> bool) -> bool {
     let started = Instant::now();
     while started.elapsed() < PATIENCE {
         if ready() {
-            return;
+            return true;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("waited in vain: {what}");
+    false
 }
