@@ -10,6 +10,7 @@ use super::linear::Linear;
 use super::linear_input::LinearInput;
 use super::pass::Pass;
 use crate::ops::packed_attention::Packing;
+use crate::ops::rotary::Append;
 use crate::{Result, ops};
 
 pub struct Attention {
@@ -62,19 +63,22 @@ impl Attention {
         let input = LinearInput::new(x);
         let [q, k, v] = Linear::forward_each([&self.q_proj, &self.k_proj, &self.v_proj], [&input; 3], pass)?;
         let (q, k) = (q.f_view([-1, heads, dim])?, k.f_view([-1, kv_heads, dim])?);
-        let (q, k) = ops::rotary::rotary(&q, &k, &rotary.cos, &rotary.sin)?;
         let v = v.f_view([-1, kv_heads, dim])?;
+        let Rotary { cos, sin } = rotary;
         let scale = 1.0 / (dim as f64).sqrt();
         let out = match attend {
             Attend::Full { packing, store } => {
+                let (q, k) = ops::rotary::rotary(&q, &k, cos, sin)?;
                 if let Some((cache, places)) = store {
                     cache.store(layer, &k, &v, places)?;
                 }
                 packing.attention(&q, &k, &v, scale)?
             }
             Attend::Decode { cache, step } => {
-                let (k, v) = cache.append(layer, &k, &v, step)?;
-                ops::decode_attention::decode_attention(&q, &k, &v, step.lengths(), step.longest(), scale)?
+                let (keys, values) = cache.of_layer(layer);
+                let append = Append { v: &v, keys: &keys, values: &values, positions: step.positions() };
+                let q = ops::rotary::rotary_and_append(&q, &k, cos, sin, &append)?;
+                ops::decode_attention::decode_attention(&q, &keys, &values, step.lengths(), step.longest(), scale)?
             }
         };
         self.o_proj.forward(&out, pass)

@@ -48,7 +48,6 @@ impl Places {
 
 /// The rows of one decode step: row r writes at positions[r] and sees everything up to it.
 pub struct DecodeStep {
-    rows: Tensor,      // i64 [rows]
     positions: Tensor, // i64 [rows]
     lengths: Tensor,   // i64 [rows]
     longest: i64,
@@ -58,7 +57,6 @@ impl DecodeStep {
     /// `longest`: no row sees more positions.
     pub fn new(positions: &Tensor, longest: usize) -> Result<DecodeStep> {
         Ok(DecodeStep {
-            rows: Tensor::f_arange(positions.size()[0], (Kind::Int64, positions.device()))?,
             positions: positions.shallow_clone(),
             lengths: positions.f_add_scalar(1)?,
             longest: longest as i64,
@@ -127,13 +125,10 @@ impl KvCache {
         Ok(())
     }
 
-    /// Writes the new tokens' k, v [rows, kv_heads, head_dim]; returns all of both.
-    pub fn append(&self, layer: usize, k: &Tensor, v: &Tensor, step: &DecodeStep) -> Result<(Tensor, Tensor)> {
-        let (keys, values) = &mut self.layers.borrow_mut()[layer];
-        let index = [Some(&step.rows), None, Some(&step.positions)];
-        let _ = keys.f_index_put_(&index, k, false)?;
-        let _ = values.f_index_put_(&index, v, false)?;
-        Ok((keys.shallow_clone(), values.shallow_clone()))
+    /// All keys and values of a layer, [rows, kv_heads, capacity, head_dim] each.
+    pub fn of_layer(&self, layer: usize) -> (Tensor, Tensor) {
+        let (keys, values) = &self.layers.borrow()[layer];
+        (keys.shallow_clone(), values.shallow_clone())
     }
 
     /// Keeps `rows`, in this order, and drops the others.

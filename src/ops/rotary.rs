@@ -1,13 +1,15 @@
 //! Rotary position embedding: the halves (a, b) of every head of q and k become (a cos - b sin, b cos + a sin).
 //!
 //! In f32, one rounding to the dtype of q and k; the gradient is the rotation by the negative angle. Shapes: q [tokens, heads,
-//! dim], k [tokens, kv_heads, dim] f32, bf16 or f16; cos and sin f32 [tokens, 1, dim], without gradient.
+//! dim], k [tokens, kv_heads, dim] f32, bf16 or f16; cos and sin f32 [tokens, 1, dim], without gradient. A decode step's keys go
+//! into the cache in the same launch, its values with them.
 
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
 use super::cuda::launch::{Executor, Gpu};
-use super::cuda::rotary::{Rotation, rotate};
+pub use super::cuda::rotary::Append;
+use super::cuda::rotary::{Rotation, rotate, rotate_and_append};
 use crate::Result;
 
 /// The rotated (q, k), differentiable in both.
@@ -41,6 +43,23 @@ pub fn on_device<E: Executor + Copy + Send + 'static>(
     let mut attached = attach(&[q, k], &[cos, sin], &[&rotated_q, &rotated_k], RotaryBackward(executor))?.into_iter();
     // Torch counts its outputs: there are as many as went in.
     Ok((attached.next().unwrap_or(rotated_q), attached.next().unwrap_or(rotated_k)))
+}
+
+/// The rotated q of a decode step; the rotated k and v are in the cache then. No gradient.
+///
+/// # Errors
+/// As [`rotary`]; on a CPU for a position past the capacity too.
+pub fn rotary_and_append(q: &Tensor, k: &Tensor, cos: &Tensor, sin: &Tensor, append: &Append) -> Result<Tensor> {
+    if q.device() == Device::Cpu {
+        let rows = Tensor::f_arange(k.size()[0], (Kind::Int64, Device::Cpu))?;
+        let index = [Some(&rows), None, Some(append.positions)];
+        let _ = append.keys.shallow_clone().f_index_put_(&index, &definition(k, cos, sin)?, false)?;
+        let _ = append.values.shallow_clone().f_index_put_(&index, append.v, false)?;
+        return definition(q, cos, sin);
+    }
+    let (q, k, v) = (q.f_contiguous()?, k.f_contiguous()?, append.v.f_contiguous()?);
+    let rotation = Rotation { q: &q, k: &k, cos, sin, is_back: false };
+    rotate_and_append(&Gpu::of("rotary: q", &q)?, &rotation, &Append { v: &v, ..*append })
 }
 
 /// The same of x, q or k, as a chain of torch's operations.

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 use temper::ops::autograd::run_backward;
-use temper::ops::cuda::rotary::{Rotation, rotate};
+use temper::ops::cuda::rotary::{Append, Rotation, rotate, rotate_and_append};
 use temper::ops::rotary::{definition, on_device};
 
 use crate::host::{ORDERS, Shim};
@@ -52,6 +52,40 @@ fn values_and_gradients_are_the_chains_to_the_bit() {
     }
 }
 
+/// In the launch of a decode step: the bits of a rotation, and of copies to the rows' places, where nothing else is written.
+#[test]
+fn keys_and_values_are_put_at_their_places() {
+    for (number, (rows, heads, kv_heads, dim)) in SHAPES.into_iter().enumerate() {
+        for kind in KINDS {
+            let shim = ORDERS[number % ORDERS.len()];
+            let what = format!("{rows} rows, {heads} and {kv_heads} heads of {dim}, {kind:?}, {shim:?}");
+            let angle = values(&[rows, 1, dim], 5, Kind::Float);
+            let (cos, sin) = (angle.cos(), (&angle + 0.5).sin());
+            let (q, k) = (values(&[rows, heads, dim], 1, kind), values(&[rows, kv_heads, dim], 2, kind));
+            let v = values(&[rows, kv_heads, dim], 3, kind);
+            let capacity = 11;
+            // The last row's is past the capacity, as no step's is, and must touch nothing.
+            let mut places: Vec<i64> = (0..rows).map(|row| (7 * row + 10) % capacity).collect();
+            if rows > 1 {
+                places[rows as usize - 1] = capacity;
+            }
+            let cache = values(&[rows, kv_heads, capacity, dim], 4, kind);
+            let (keys, kept) = (cache.copy(), cache.neg());
+            let rotation = Rotation { q: &q, k: &k, cos: &cos, sin: &sin, is_back: false };
+            let append = Append { v: &v, keys: &keys, values: &kept, positions: &Tensor::from_slice(&places) };
+            let found_q = rotate_and_append(&shim, &rotation, &append).unwrap();
+            let (expected_q, rotated) = rotate(&shim, &rotation).unwrap();
+            assert_bits(&floats(&found_q), &floats(&expected_q), &what);
+            for (found, before, new) in [(&keys, cache.copy(), &rotated), (&kept, cache.neg(), &v)] {
+                for (row, &place) in places.iter().enumerate().filter(|(_, place)| **place < capacity) {
+                    before.get(row as i64).narrow(1, place, 1).copy_(&new.get(row as i64).unsqueeze(1));
+                }
+                assert_bits(&floats(found), &floats(&before), &what);
+            }
+        }
+    }
+}
+
 #[test]
 fn back_undoes_forth_and_lengths_stay() {
     let angle = values(&[7, 1, 64], 5, Kind::Float).narrow(2, 0, 32);
@@ -91,7 +125,15 @@ fn what_does_not_fit_is_named() {
     let error = |rotation: Rotation| rotate(&Shim(0), &rotation).err().unwrap().to_string();
     let rotation = Rotation { q: &q, k: &k, cos: &cos, sin: &cos, is_back: false };
     let odd = values(&[3, 2, 7], 1, Kind::Float);
+    let cache = values(&[3, 1, 5, 8], 4, Kind::Float);
+    let positions = Tensor::from_slice(&[0i64, 1, 2]);
+    let append = Append { v: &k, keys: &cache, values: &cache, positions: &positions };
+    let lost = |append: Append| rotate_and_append(&Shim(0), &rotation, &append).err().unwrap().to_string();
     for (text, part) in [
+        (lost(Append { v: &q, ..append }), "v: found shape [3, 2, 8]"),
+        (lost(Append { values: &cache.narrow(2, 0, 4), ..append }), "values: found shape [3, 1, 4, 8]"),
+        (lost(Append { keys: &k, ..append }), "keys: found shape [3, 1, 8]"),
+        (lost(Append { positions: &positions.narrow(0, 0, 2), ..append }), "positions: found shape [2]"),
         (error(Rotation { q: &odd, ..rotation }), "q: found shape [3, 2, 7]"),
         (error(Rotation { k: &k.to_kind(Kind::Half), ..rotation }), "k: found dtype Half"),
         (error(Rotation { sin: &cos.narrow(0, 0, 2), ..rotation }), "sin: found shape [2, 1, 8]"),

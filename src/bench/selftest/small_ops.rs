@@ -7,7 +7,7 @@ use super::{Check, Compared, HUGE_ELEMENTS, Sizes, enter, inputs};
 use crate::Result;
 use crate::ops::cuda::launch::Executor;
 use crate::ops::cuda::rms_norm::{Norm, NormBackward, backward, forward, is_supported};
-use crate::ops::cuda::rotary::{Rotation, rotate};
+use crate::ops::cuda::rotary::{Append, Rotation, rotate, rotate_and_append};
 use crate::ops::cuda::swiglu;
 use crate::ops::{rms_norm, rotary};
 
@@ -35,6 +35,8 @@ pub fn checks(executor: &dyn Executor, sizes: &Sizes, checks: &mut Vec<Check>) -
             let shape = (heads.0 * (heads.1 + heads.2), heads.3);
             let run = |compared: &mut Compared| rotation(executor, heads, kind, compared);
             enter(checks, "rotary", "forth and back".into(), kind, shape, run)?;
+            let run = |compared: &mut Compared| append(executor, heads, kind, compared);
+            enter(checks, "rotary", "into a cache".into(), kind, shape, run)?;
         }
     }
     Ok(())
@@ -142,30 +144,54 @@ fn gate(executor: &dyn Executor, shape: (usize, usize), kind: Kind, compared: &m
     compared.tensors_near(&dgate, &expected_dgate, two_places(kind), smallest(kind) + 1e-6 * terms)
 }
 
-fn rotation(
-    executor: &dyn Executor,
-    (tokens, heads, kv_heads, dim): (usize, usize, usize, usize),
-    kind: Kind,
-    compared: &mut Compared,
-) -> Result<()> {
+type Heads = (usize, usize, usize, usize);
+
+/// q, k [tokens, heads, dim], cos and sin.
+fn rotated((tokens, heads, kv_heads, dim): Heads, kind: Kind) -> Result<[Tensor; 4]> {
     let values = |heads: usize| -> Result<Tensor> {
         let flat = inputs((tokens, heads * dim), kind, false)?;
         Ok(flat.f_view([tokens as i64, heads as i64, dim as i64])?)
     };
-    let (q, k) = (values(heads)?, values(kv_heads)?);
     let half = inputs((tokens, dim / 2), Kind::Float, false)?;
     let angle = Tensor::f_cat(&[&half, &half], 1)?.f_unsqueeze(1)?;
-    let (cos, sin) = (angle.f_cos()?, angle.f_sin()?);
+    Ok([values(heads)?, values(kv_heads)?, angle.f_cos()?, angle.f_sin()?])
+}
+
+/// Compares to the bit but for a zero's sign, which adding zero makes one.
+fn equal_values(compared: &mut Compared, found: &Tensor, expected: &Tensor) -> Result<()> {
+    compared.tensors(&found.f_add_scalar(0.0)?, &expected.f_add_scalar(0.0)?)
+}
+
+fn rotation(executor: &dyn Executor, heads: Heads, kind: Kind, compared: &mut Compared) -> Result<()> {
+    let [q, k, cos, sin] = rotated(heads, kind)?;
     let there = |t: &Tensor| t.f_to_device(executor.device());
     let (q_there, k_there, cos_there, sin_there) = (there(&q)?, there(&k)?, there(&cos)?, there(&sin)?);
     for is_back in [false, true] {
         let rotation = Rotation { q: &q_there, k: &k_there, cos: &cos_there, sin: &sin_there, is_back };
         let (found_q, found_k) = rotate(executor, &rotation)?;
         let sin = if is_back { sin.f_neg()? } else { sin.shallow_clone() };
-        // Adding zero makes a zero's sign one.
-        let plus = |t: &Tensor| t.f_add_scalar(0.0);
-        compared.tensors(&plus(&found_q)?, &plus(&rotary::definition(&q, &cos, &sin)?)?)?;
-        compared.tensors(&plus(&found_k)?, &plus(&rotary::definition(&k, &cos, &sin)?)?)?;
+        equal_values(compared, &found_q, &rotary::definition(&q, &cos, &sin)?)?;
+        equal_values(compared, &found_k, &rotary::definition(&k, &cos, &sin)?)?;
     }
     Ok(())
+}
+
+fn append(executor: &dyn Executor, heads: Heads, kind: Kind, compared: &mut Compared) -> Result<()> {
+    let [q, k, cos, sin] = rotated(heads, kind)?;
+    let (tokens, _, kv_heads, dim) = heads;
+    let cache = [tokens as i64, kv_heads as i64, tokens as i64 + 3, dim as i64];
+    let (keys, values) = (Tensor::f_zeros(cache, (kind, Device::Cpu))?, Tensor::f_zeros(cache, (kind, Device::Cpu))?);
+    let positions = Tensor::f_arange(tokens as i64, (Kind::Int64, Device::Cpu))?.f_add_scalar(2)?;
+    let v = k.f_neg()?;
+    let there = |t: &Tensor| t.copy().f_to_device(executor.device());
+    let (q_there, k_there, v_there) = (there(&q)?, there(&k)?, there(&v)?);
+    let (cos_there, sin_there) = (there(&cos)?, there(&sin)?);
+    let (keys_there, values_there, positions_there) = (there(&keys)?, there(&values)?, there(&positions)?);
+    let rotation = Rotation { q: &q_there, k: &k_there, cos: &cos_there, sin: &sin_there, is_back: false };
+    let places = Append { v: &v_there, keys: &keys_there, values: &values_there, positions: &positions_there };
+    let found = rotate_and_append(executor, &rotation, &places)?;
+    let places = Append { v: &v, keys: &keys, values: &values, positions: &positions };
+    equal_values(compared, &found, &rotary::rotary_and_append(&q, &k, &cos, &sin, &places)?)?;
+    equal_values(compared, &keys_there, &keys)?;
+    equal_values(compared, &values_there, &values)
 }

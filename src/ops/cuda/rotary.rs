@@ -30,55 +30,106 @@ pub fn rotate(executor: &dyn Executor, rotation: &Rotation) -> Result<(Tensor, T
     Ok(rotated)
 }
 
+/// Where a decode step's keys and values go: row r at positions[r].
+#[derive(Clone, Copy)]
+pub struct Append<'a> {
+    pub v: &'a Tensor,         // as k
+    pub keys: &'a Tensor,      // [tokens, kv_heads, capacity, dim], as k
+    pub values: &'a Tensor,    // as keys
+    pub positions: &'a Tensor, // i64 [tokens]; what exceeds the capacity is not stored
+}
+
+/// The rotated q; the rotated k and `append.v` are put into the cache by the same launch.
+///
+/// # Errors
+/// As [`rotate`].
+pub fn rotate_and_append(executor: &dyn Executor, rotation: &Rotation, append: &Append) -> Result<Tensor> {
+    let (prepared, rotated) = prepare_append(executor.device(), rotation, append)?;
+    prepared.run(executor)?;
+    Ok(rotated)
+}
+
 /// The launch of [`rotate`] and what it writes.
 ///
 /// # Errors
 /// As [`rotate`].
 pub fn prepare(device: Device, rotation: &Rotation) -> Result<(Prepared, (Tensor, Tensor))> {
+    let k_out = Tensor::f_empty(rotation.k.size(), (rotation.k.kind(), device))?;
+    let (prepared, q_out) = prepare_any(device, rotation, &k_out, None)?;
+    Ok((prepared, (q_out, k_out)))
+}
+
+/// The launch of [`rotate_and_append`] and the rotated q.
+///
+/// # Errors
+/// As [`rotate`].
+pub fn prepare_append(device: Device, rotation: &Rotation, append: &Append) -> Result<(Prepared, Tensor)> {
+    prepare_any(device, rotation, append.keys, Some(append))
+}
+
+fn prepare_any(
+    device: Device,
+    rotation: &Rotation,
+    k_out: &Tensor,
+    append: Option<&Append>,
+) -> Result<(Prepared, Tensor)> {
     let Rotation { q, k, cos, sin, is_back } = *rotation;
     let ([tokens, q_heads, dim], [_, k_heads, _]) = (shape_of("rotary: q", q)?, shape_of("rotary: k", k)?);
     let (kind, half) = (q.kind(), dim / 2);
     let suffix = dtype_suffix("rotary: q", kind)?;
-    let check = |name, kinds: &[Kind], heads, tensor: &Tensor| {
-        Needs { name, kinds, shape: &[tokens, heads, dim], device }.check(tensor)
-    };
-    let empty = |heads: i64| Tensor::f_empty([tokens, heads, dim], (kind, device));
-    let (q_out, k_out) = (empty(q_heads)?, empty(k_heads)?);
-    let pointers = [
-        check("rotary: q", &[kind], q_heads, q)?,
-        check("rotary: k", &[kind], k_heads, k)?,
-        check("rotary: rotated q", &[kind], q_heads, &q_out)?,
-        check("rotary: rotated k", &[kind], k_heads, &k_out)?,
-        check("rotary: cos", &[Kind::Float], 1, cos)?,
-        check("rotary: sin", &[Kind::Float], 1, sin)?,
-    ];
-    let of_head = (half as u32).div_ceil(8);
-    let of_token = (q_heads + k_heads) as u32 * of_head;
-    let blocks = tiles("rotary: q", tokens as usize, of_token as usize, BLOCK_THREADS)?;
-    let [q_pointer, k_pointer, q_out_pointer, k_out_pointer, cos_pointer, sin_pointer] = pointers;
-    let args = Args {
-        q: q_pointer,
-        k: k_pointer,
-        q_out: q_out_pointer,
-        k_out: k_out_pointer,
-        cos: cos_pointer,
-        sin: sin_pointer,
-        units: tokens as u32 * of_token,
+    let check =
+        |name, kind: Kind, shape: &[i64], tensor: &Tensor| Needs { name, kinds: &[kind], shape, device }.check(tensor);
+    let q_out = Tensor::f_empty([tokens, q_heads, dim], (kind, device))?;
+    let (of_q, of_k, of_angle) = ([tokens, q_heads, dim], [tokens, k_heads, dim], [tokens, 1, dim]);
+    let mut args = Args {
+        q: check("rotary: q", kind, &of_q, q)?,
+        k: check("rotary: k", kind, &of_k, k)?,
+        v: std::ptr::null(),
+        q_out: check("rotary: rotated q", kind, &of_q, &q_out)?,
+        k_out: std::ptr::null_mut(),
+        v_out: std::ptr::null_mut(),
+        cos: check("rotary: cos", Kind::Float, &of_angle, cos)?,
+        sin: check("rotary: sin", Kind::Float, &of_angle, sin)?,
+        positions: std::ptr::null(),
+        capacity: 0,
+        units: 0,
         q_heads: q_heads as u32,
         k_heads: k_heads as u32,
         half: half as u32,
-        by_token: Divider::new(of_token),
-        by_head: Divider::new(of_head),
+        by_token: Divider::new(1),
+        by_head: Divider::new(1),
         is_back: u32::from(is_back),
-        is_whole: u32::from(half % 8 == 0 && are_aligned(pointers)),
+        is_whole: 0,
     };
+    let mut memory: Vec<Tensor> = [q, k, cos, sin, &q_out, k_out].map(Tensor::shallow_clone).into();
+    match append {
+        None => args.k_out = check("rotary: rotated k", kind, &of_k, k_out)?,
+        Some(append) => {
+            let capacity = append.keys.size().get(2).copied().unwrap_or(0).clamp(0, i64::from(i32::MAX));
+            let of_cache = [tokens, k_heads, capacity, dim];
+            args.v = check("rotary: v", kind, &of_k, append.v)?;
+            args.k_out = check("rotary: keys", kind, &of_cache, append.keys)?;
+            args.v_out = check("rotary: values", kind, &of_cache, append.values)?;
+            args.positions = check("rotary: positions", Kind::Int64, &[tokens], append.positions)?;
+            args.capacity = capacity as u32;
+            memory.extend([append.v, append.values, append.positions].map(Tensor::shallow_clone));
+        }
+    }
+    let heads = (q_heads + k_heads * if append.is_some() { 2 } else { 1 }) as u32;
+    let of_head = (half as u32).div_ceil(8);
+    let blocks = tiles("rotary: q", tokens as usize, (heads * of_head) as usize, BLOCK_THREADS)?;
+    args.units = tokens as u32 * heads * of_head;
+    (args.by_token, args.by_head) = (Divider::new(heads * of_head), Divider::new(of_head));
+    let are_aligned = are_aligned([args.q_out, args.k_out, args.v_out])
+        && are_aligned([args.q, args.k, args.v, args.cos, args.sin].map(<*const c_void>::cast_mut));
+    args.is_whole = u32::from(half % 8 == 0 && are_aligned);
     let launches = match blocks {
         0 => Vec::new(),
         _ => vec![Launch::new("rotary", format!("rotary_{suffix}"), blocks, &args)],
     };
-    let memory = [q, k, cos, sin, &q_out, &k_out].map(Tensor::shallow_clone).into();
-    // SAFETY: `Needs` has checked everything that is pointed to; it is in `memory`.
-    Ok((unsafe { Prepared::new(launches, device, memory) }, (q_out, k_out)))
+    // SAFETY: `Needs` has checked everything that is pointed to, the kernel holds positions against the capacity; all is in
+    // `memory`.
+    Ok((unsafe { Prepared::new(launches, device, memory) }, q_out))
 }
 
 fn shape_of(name: &str, x: &Tensor) -> Result<[i64; 3]> {
@@ -93,10 +144,14 @@ fn shape_of(name: &str, x: &Tensor) -> Result<[i64; 3]> {
 struct Args {
     q: *const c_void,
     k: *const c_void,
+    v: *const c_void,
     q_out: *mut c_void,
     k_out: *mut c_void,
+    v_out: *mut c_void,
     cos: *const c_void,
     sin: *const c_void,
+    positions: *const c_void,
+    capacity: u32,
     units: u32,
     q_heads: u32,
     k_heads: u32,
