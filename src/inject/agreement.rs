@@ -29,6 +29,7 @@ impl Measured {
         let mut out = Vec::new();
         self.check_aqn(sigma, &mut out);
         self.check_matmul(&mut out);
+        self.check_matmul_elements(&mut out);
         self.check_quant(&mut out);
         self.check_activations(&mut out);
         out
@@ -122,6 +123,13 @@ impl Measured {
                     }
                     continue;
                 }
+                if m.sums.elements == 0 {
+                    let calls = m.calls;
+                    out.push(format!(
+                        "noisy_ops: {name} ({kind}): planned {planned}, but {calls} products were not measured"
+                    ));
+                    continue;
+                }
                 // A product that is 0 everywhere (no gradient) has no relative error.
                 if m.sums.clean_sq == 0.0 {
                     continue;
@@ -142,6 +150,25 @@ impl Measured {
                     out.push(format!(
                         "noisy_ops: {name} ({kind}): planned {planned}, measured {measured:.5} +- {error:.1e} over {} elements",
                         m.sums.elements
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Every layer sees the same tokens. What a product did not measure, or another's sums, has the planned spread too.
+    fn check_matmul_elements(&self, out: &mut Vec<String>) {
+        let mut first: BTreeMap<(usize, &str), (&str, u64)> = BTreeMap::new();
+        for (module, sums) in self.plan.modules.iter().zip(&self.modules) {
+            let Some(layer) = module.layer else { continue };
+            let of_every_layer = module.name.trim_start_matches(&format!("model.layers.{layer}."));
+            for (i, m) in sums.matmul.iter().enumerate().filter(|(_, m)| m.sums.elements > 0) {
+                let (name, elements) = (module.name.as_str(), m.sums.elements);
+                let (other, expected) = *first.entry((i, of_every_layer)).or_insert((name, elements));
+                if elements != expected {
+                    let kind = SLOT_NAMES[i];
+                    out.push(format!(
+                        "noisy_ops: {name} ({kind}): {elements} elements measured, but {expected} of {other}"
                     ));
                 }
             }

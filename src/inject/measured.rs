@@ -339,20 +339,20 @@ impl Measured {
 
     /// Relative for the relative law, else the root mean square of the error itself.
     pub(super) fn matmul_std(&self, sums: &NoiseSums) -> f64 {
-        let scale = match self.plan.error_law {
-            ErrorLaw::RelativeGaussian => sums.clean_sq,
-            ErrorLaw::AbsoluteGaussian | ErrorLaw::SystematicBias => sums.elements as f64,
-        };
-        if scale > 0.0 { (sums.error_sq / scale).sqrt() } else { 0.0 }
+        match self.plan.error_law {
+            ErrorLaw::RelativeGaussian => sums.relative_std(),
+            ErrorLaw::AbsoluteGaussian | ErrorLaw::SystematicBias if sums.elements == 0 => 0.0,
+            ErrorLaw::AbsoluteGaussian | ErrorLaw::SystematicBias => (sums.error_sq / sums.elements as f64).sqrt(),
+        }
     }
 
     pub(super) fn matmul_standard_error(&self, planned: f64, sums: &NoiseSums) -> f64 {
-        let effective = match self.plan.error_law {
-            ErrorLaw::RelativeGaussian => sums.clean_sq * (sums.clean_sq / sums.clean_fourth),
-            ErrorLaw::AbsoluteGaussian => sums.elements as f64,
-            ErrorLaw::SystematicBias => return 0.0,
-        };
-        if effective > 0.0 { planned * (self.repeats as f64 / (2.0 * effective)).sqrt() } else { 0.0 }
+        let repeats = (self.repeats as f64).sqrt();
+        match self.plan.error_law {
+            ErrorLaw::RelativeGaussian => repeats * sums.relative_std_error(planned),
+            ErrorLaw::AbsoluteGaussian if sums.elements > 0 => repeats * planned / (2.0 * sums.elements as f64).sqrt(),
+            ErrorLaw::AbsoluteGaussian | ErrorLaw::SystematicBias => 0.0,
+        }
     }
 }
 

@@ -28,9 +28,9 @@ impl RmsNorm {
         Ok(self.normed(x, None, pass)?.y)
     }
 
-    /// x, delta [tokens, hidden] -> x + delta and its norm.
-    pub fn forward_after(&self, x: &Tensor, delta: &Tensor, pass: &Pass) -> Result<(Tensor, Tensor)> {
-        let Normed { residual, y, .. } = self.normed(x, Some(delta), pass)?;
+    /// x, delta [tokens, hidden] -> x + delta, or x, and its norm.
+    pub fn forward_after(&self, x: &Tensor, delta: Option<&Tensor>, pass: &Pass) -> Result<(Tensor, Tensor)> {
+        let Normed { residual, y, .. } = self.normed(x, delta, pass)?;
         Ok((residual, y))
     }
 

@@ -54,6 +54,22 @@ pub struct Qwen2 {
     update_number: u32,
 }
 
+/// A residual stream x + delta [tokens, hidden], or x: the norm that reads it adds, to the same bits. Gradients are those of a
+/// sum that was made: a block that is computed again begins with one.
+struct Stream {
+    x: Tensor,
+    delta: Option<Tensor>,
+}
+
+impl Stream {
+    fn sum(self) -> Result<Tensor> {
+        match self.delta {
+            Some(delta) => Ok(self.x.f_add(&delta)?),
+            None => Ok(self.x),
+        }
+    }
+}
+
 /// A module of the plan that computes: where AQN and quantization reach it.
 pub enum Module<'a> {
     Norm(&'a RmsNorm),
@@ -152,16 +168,21 @@ impl Qwen2 {
         {
             quantize_weights(self, injector)?;
         }
-        let mut x = self.embedded(ids, pass)?;
+        let mut stream = Stream { x: self.embedded(ids, pass)?, delta: None };
         let rotary = Rotary::new(&self.config, positions)?;
         for layer in 0..self.blocks.len() {
+            if pass.observer.is_none() && !pass.differentiable {
+                stream = self.block_of(layer, &stream, &rotary, attend, pass)?;
+                continue;
+            }
+            let x = stream.sum()?;
             let y = self.block(layer, &x, &rotary, attend, pass)?;
             if let Some(observer) = pass.observer {
                 observer.observe(layer, &x, &y)?;
             }
-            x = y;
+            stream = Stream { x: y, delta: None };
         }
-        Ok(x)
+        stream.sum()
     }
 
     /// What the first block reads: [tokens, hidden].
@@ -173,11 +194,15 @@ impl Qwen2 {
 
     /// The residual stream x [tokens, hidden] after block `layer`.
     pub fn block(&self, layer: usize, x: &Tensor, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Tensor> {
+        self.block_of(layer, &Stream { x: x.shallow_clone(), delta: None }, rotary, attend, pass)?.sum()
+    }
+
+    fn block_of(&self, layer: usize, stream: &Stream, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Stream> {
         let block = &self.blocks[layer];
-        let normed = block.input_layernorm.forward(x, pass)?;
+        let (x, normed) = block.input_layernorm.forward_after(&stream.x, stream.delta.as_ref(), pass)?;
         let attention = block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?;
-        let (x, normed) = block.post_attention_layernorm.forward_after(x, &attention, pass)?;
-        Ok(x.f_add(&block.mlp.forward(&normed, pass)?)?)
+        let (x, normed) = block.post_attention_layernorm.forward_after(&x, Some(&attention), pass)?;
+        Ok(Stream { x, delta: Some(block.mlp.forward(&normed, pass)?) })
     }
 
     /// Every parameter that the model itself has, once, in the order of the module list.

@@ -179,8 +179,9 @@ impl SumsSink {
             for part in parts {
                 all.0 += part.calls;
                 all.1.merge(&part.on_host);
-                if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = part.on_device.as_ref().and(read.next())
-                {
+                // A row is for the part that has sums on the device, and for no other.
+                let of_part = part.on_device.as_ref().and_then(|_| read.next());
+                if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = of_part {
                     all.1.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: elements as u64 });
                 }
             }
@@ -293,4 +294,39 @@ fn add_on_device(
     let law = Law { law: draw.law, seed: draw.seed, sums: sums.as_ref() };
     let noisy = Noisy { y, into, bias, keys, scale: draw.scale, stream: draw.stream };
     noise::add_noise(&Gpu::of("matmul error: y", y)?, &law, &[noisy])
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    /// As a kernel would: error, error^2, y^2, y^4 and elements of one call.
+    fn measure(sink: &SumsSink, value: f64) {
+        let row = Tensor::from_slice(&[0.1 * value, value, 2.0 * value, 3.0 * value, 10.0 * value]);
+        let _ = sink.device_sums(Device::Cpu).unwrap().get(0).get(7).narrow(0, 0, 5).f_add_(&row).unwrap();
+    }
+
+    #[test]
+    fn every_sink_takes_its_own_sums_settled_or_not() {
+        let sinks: [SumsSink; 4] = Default::default();
+        measure(&sinks[0], 1.0);
+        sinks[0].settle(); // nothing newer, as after a rollout
+        sinks[1].add(&NoiseSums { error_sq: 2.0, clean_sq: 4.0, clean_fourth: 6.0, elements: 20 });
+        measure(&sinks[2], 3.0);
+        sinks[2].settle();
+        measure(&sinks[2], 4.0);
+        measure(&sinks[2], 5.0);
+        measure(&sinks[3], 8.0);
+        sinks[3].forget();
+        measure(&sinks[3], 9.0);
+        let expected = [(1, 1.0), (1, 2.0), (3, 12.0), (1, 9.0)];
+        for ((calls, sums), (expected_calls, value)) in SumsSink::take_all(&sinks).unwrap().into_iter().zip(expected) {
+            assert_eq!(calls, expected_calls);
+            assert_eq!((sums.error_sq, sums.clean_sq, sums.clean_fourth), (value, 2.0 * value, 3.0 * value));
+            assert_eq!(sums.elements, 10 * value as u64);
+        }
+        assert!(SumsSink::take_all(&sinks).unwrap().iter().all(|(calls, sums)| calls + sums.elements == 0));
+    }
 }

@@ -152,6 +152,36 @@ fn a_module_or_phase_left_out_or_added_disagrees() {
 }
 
 #[test]
+fn a_product_that_was_not_measured_or_is_anothers_disagrees() {
+    let plan = plan();
+    let sums = |elements: u64| {
+        let n = elements as f64;
+        NoiseSums { error_sq: 0.0025 * n, clean_sq: n, clean_fourth: 3.0 * n, elements }
+    };
+    let step = |of: &dyn Fn(&ModulePlan) -> u64| {
+        let mut measured = Measured::new(&plan);
+        for module in plan.modules.iter().filter(|m| m.matmul_error > 0.0) {
+            for direction in [MatmulDirection::Forward, MatmulDirection::Dx, MatmulDirection::Dw] {
+                measured.record_matmul(module.index, direction, InjectPhase::Forward, 2, &sums(of(module)));
+            }
+        }
+        let noise = measured.finish_step(1, SIGMA).disagreements.into_iter();
+        noise.filter(|line| line.starts_with("noisy_ops")).collect::<Vec<String>>()
+    };
+    // Heads and widths differ within a layer, not from layer to layer.
+    let right = |m: &ModulePlan| if m.name.ends_with("k_proj") { 20_000 } else { 40_000 };
+    assert_eq!(step(&right), Vec::<String>::new());
+    let lost = step(&|m: &ModulePlan| if m.name.ends_with("2.mlp.up_proj") { 0 } else { right(m) });
+    assert_eq!(lost.len(), 3, "{lost:?}");
+    assert!(lost[0].contains("layers.2.mlp.up_proj (forward): planned 0.05, but 2 products were not measured"));
+    let less = step(&|m: &ModulePlan| if m.layer == Some(3) { right(m) / 2 } else { right(m) });
+    assert_eq!(less.len(), 7 * 3, "{less:?}");
+    let line =
+        "layers.3.self_attn.q_proj (forward): 20000 elements measured, but 40000 of model.layers.0.self_attn.q_proj";
+    assert!(less[0].contains(line), "{}", less[0]);
+}
+
+#[test]
 fn quantization_that_did_not_happen_disagrees() {
     let quant = FakeQuantSection { enabled: true, ..Default::default() };
     let modules = qwen2_modules(1, 64, 128, 4, 2, 16, 100);
