@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 pub(super) use small_ops::backward_chain as norm_backward_chain;
 
+use crate::numerics::error_law::NoiseSums;
 use crate::ops::cuda::launch::Executor;
 use crate::ops::cuda::memory::FilledMemory;
 use crate::{Error, Result};
@@ -131,6 +132,14 @@ impl Compared {
         let near = near.f_logical_or(&found.f_isnan()?.f_logical_and(&expected.f_isnan()?)?)?;
         self.differing += i64::try_from(near.f_logical_not()?.f_sum(Kind::Int64)?)? as u64;
         Ok(())
+    }
+
+    /// Sums in another order, and in f32 over a few columns.
+    fn noise_sums(&mut self, found: &NoiseSums, expected: &NoiseSums, tolerance: f64) {
+        self.counts(found.elements, expected.elements);
+        self.near(found.error_sq, expected.error_sq, tolerance);
+        self.near(found.clean_sq, expected.clean_sq, tolerance);
+        self.near(found.clean_fourth, expected.clean_fourth, tolerance);
     }
 
     fn counts(&mut self, found: u64, expected: u64) {

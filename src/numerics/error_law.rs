@@ -49,6 +49,11 @@ pub struct NoiseSums {
 }
 
 impl NoiseSums {
+    /// From what a kernel adds up: error, error^2, y^2, y^4, elements.
+    pub fn of_device([_, error_sq, clean_sq, clean_fourth, elements]: [f64; 5]) -> NoiseSums {
+        NoiseSums { error_sq, clean_sq, clean_fourth, elements: elements as u64 }
+    }
+
     /// Adds the sums of another part.
     pub fn merge(&mut self, other: &NoiseSums) {
         self.error_sq += other.error_sq;

@@ -181,8 +181,8 @@ impl SumsSink {
                 all.1.merge(&part.on_host);
                 // A row is for the part that has sums on the device, and for no other.
                 let of_part = part.on_device.as_ref().and_then(|_| read.next());
-                if let Some([_, error_sq, clean_sq, clean_fourth, elements]) = of_part {
-                    all.1.merge(&NoiseSums { error_sq, clean_sq, clean_fourth, elements: elements as u64 });
+                if let Some(sums) = of_part {
+                    all.1.merge(&NoiseSums::of_device(sums));
                 }
             }
             all
