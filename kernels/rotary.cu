@@ -26,6 +26,7 @@ struct RotaryArgs {
   Divider by_token;  // divides by the units of a token
   Divider by_head;   // divides by the units of a head
   uint32_t is_back, is_whole;  // is_whole: half is a multiple of 8 and everything aligned to 16 bytes
+  uint32_t unused;
 };
 
 namespace {

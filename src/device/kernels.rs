@@ -2,7 +2,7 @@
 
 /// One file of kernels/, compiled by build.rs.
 pub struct EmbeddedKernels {
-    /// The file's stem: `fake_quant`, `matmul_error`, `perturb`.
+    /// The file's stem: `fake_quant_mxfp4`, `noise`.
     pub name: &'static str,
     /// Machine code of every architecture in [`ARCHES`], and PTX of the newest.
     pub fatbin: &'static [u8],
@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn default_architectures_cover_ampere_and_later() {
-        if ARCHES != ["sm_80", "sm_90", "compute_90"] {
+        if ARCHES != ["sm_80", "sm_90", "compute_90", "sm_90a"] {
             println!("skipped: built for {ARCHES:?}");
             return;
         }

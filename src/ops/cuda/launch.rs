@@ -33,7 +33,8 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// [`BLOCK_THREADS`] threads a block. `args`: of the layout that the kernel declares, in whole 64-bit words.
+    /// [`BLOCK_THREADS`] threads a block. `args`: of the layout that the kernel declares, in whole 64-bit words,
+    /// without padding.
     pub fn new<Args>(file: &'static str, kernel: String, blocks: u32, args: &Args) -> Launch {
         assert!(size_of::<Args>().is_multiple_of(8) && align_of::<Args>() == 8, "arguments of whole words");
         // SAFETY: the words of a live struct, as many as it has.

@@ -100,6 +100,7 @@ fn prepare_any(
         by_head: Divider::new(1),
         is_back: u32::from(is_back),
         is_whole: 0,
+        unused: 0,
     };
     let mut memory: Vec<Tensor> = [q, k, cos, sin, &q_out, k_out].map(Tensor::shallow_clone).into();
     match append {
@@ -160,4 +161,5 @@ struct Args {
     by_head: Divider,
     is_back: u32,
     is_whole: u32,
+    unused: u32,
 }

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 
 use super::batch::{are_aligned, dtype_suffix};
 use super::launch::{BLOCK_THREADS, Executor, Launch, Needs, Prepared};
-use crate::{Error, Result};
+use crate::Result;
 
 /// y of gate and up, contiguous tensors of one shape and dtype (f32, bf16 or f16).
 ///
@@ -63,25 +63,30 @@ struct Tensors<'a> {
     du: Option<&'a Tensor>,
 }
 
+/// (first, number) of the elements of each launch; a first one is a multiple of 8.
+fn pieces(elements: usize) -> impl Iterator<Item = (usize, u32)> {
+    const MOST: usize = 1 << 30;
+    (0..elements).step_by(MOST).map(move |begin| (begin, MOST.min(elements - begin) as u32))
+}
+
 impl Tensors<'_> {
     fn prepare(&self, device: Device, kernel: &str) -> Result<Prepared> {
         let (kind, shape, elements) = (self.gate.kind(), self.gate.size(), self.gate.numel());
         let suffix = dtype_suffix("swiglu: gate", kind)?;
-        if elements >= 1 << 31 {
-            return Err(Error::Runtime(format!("swiglu: gate: {elements} elements are too many for one launch")));
-        }
         let check = |name, tensor: &Tensor| Needs { name, kinds: &[kind], shape: &shape, device }.check(tensor);
         let optional = |name, tensor: Option<&Tensor>| tensor.map_or(Ok(std::ptr::null_mut()), |t| check(name, t));
         let (gate, up) = (check("swiglu: gate", self.gate)?, check("swiglu: up", self.up)?);
         let (dy, y) = (optional("swiglu: dy", self.dy)?, check("swiglu: y", self.y)?);
         let du = optional("swiglu: dup", self.du)?;
         let is_aligned = u32::from(are_aligned([gate, up, dy, y, du]));
-        let args = Args { gate, up, dy, y, du, elements: elements as u32, is_aligned };
-        let blocks = (elements as u32).div_ceil(8 * BLOCK_THREADS);
-        let launches = match blocks {
-            0 => Vec::new(),
-            _ => vec![Launch::new("swiglu", format!("{kernel}_{suffix}"), blocks, &args)],
+        let launch = |(begin, elements): (usize, u32)| {
+            let bytes = begin * kind.elt_size_in_bytes();
+            let [gate, up, dy, y, du] =
+                [gate, up, dy, y, du].map(|p| if p.is_null() { p } else { p.wrapping_byte_add(bytes) });
+            let args = Args { gate, up, dy, y, du, elements, is_aligned };
+            Launch::new("swiglu", format!("{kernel}_{suffix}"), elements.div_ceil(8 * BLOCK_THREADS), &args)
         };
+        let launches = pieces(elements).map(launch).collect();
         let tensors = [Some(self.gate), Some(self.up), self.dy, Some(self.y), self.du];
         let memory = tensors.into_iter().flatten().map(Tensor::shallow_clone).collect();
         // SAFETY: `Needs` has checked everything that is pointed to; it is in `memory`.
@@ -99,4 +104,18 @@ struct Args {
     du: *mut c_void,
     elements: u32,
     is_aligned: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_are_all_elements_once() {
+        let of = |elements| pieces(elements).collect::<Vec<_>>();
+        assert_eq!(of(0), []);
+        assert_eq!(of(7), [(0, 7)]);
+        assert_eq!(of(1 << 30), [(0, 1 << 30)]);
+        assert_eq!(of((2 << 30) + 5), [(0, 1 << 30), (1 << 30, 1 << 30), (2 << 30, 5)]);
+    }
 }

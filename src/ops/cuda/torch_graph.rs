@@ -3,6 +3,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::ops::autograd::take_text;
 use crate::{Error, Result};
@@ -22,6 +23,9 @@ unsafe extern "C" {
 /// Work that can be done again and again. What it reads and writes must live, where it lay when it was captured.
 pub struct TorchGraph(*mut c_void);
 
+/// A capture has failed in this process. What torch then thinks of is not known well enough to try again.
+static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+
 type Work<'a> = (&'a mut dyn FnMut() -> Result<()>, Result<()>);
 
 impl TorchGraph {
@@ -29,22 +33,27 @@ impl TorchGraph {
     /// be loaded or waited for during a capture.
     ///
     /// # Errors
-    /// What `work` answers; `Torch` with CUDA's reason.
+    /// What `work` answers; `Torch` with CUDA's reason, and in all later calls of the process `Runtime`.
     pub fn capture(device: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<TorchGraph> {
+        if HAS_FAILED.load(Ordering::Relaxed) {
+            return Err(Error::Runtime("a capture has failed before".into()));
+        }
         let mut payload: Work = (work, Ok(()));
         let mut error = std::ptr::null_mut();
         let device = c_int::try_from(device).map_err(|_| Error::Runtime(format!("cuda:{device}: no such device")))?;
         // SAFETY: the payload outlives the call, which calls `run_work` with it at most once, on this thread.
         let graph = unsafe { temper_graph_capture(device, run_work, (&raw mut payload).cast(), &raw mut error) };
-        payload.1?;
-        if !error.is_null() {
+        let captured = match payload.1 {
+            Err(error) => Err(error),
             // SAFETY: a text from strdup, ours to free.
-            return Err(Error::of_torch(&unsafe { take_text(error) }));
+            Ok(()) if !error.is_null() => Err(Error::of_torch(&unsafe { take_text(error) })),
+            Ok(()) if graph.is_null() => Err(Error::Runtime("a CUDA graph was not captured".into())),
+            Ok(()) => Ok(TorchGraph(graph)),
+        };
+        if captured.as_ref().is_err_and(|error| !matches!(error, Error::OutOfMemory(_))) {
+            HAS_FAILED.store(true, Ordering::Relaxed);
         }
-        if graph.is_null() {
-            return Err(Error::Runtime("a CUDA graph was not captured".into()));
-        }
-        Ok(TorchGraph(graph))
+        captured
     }
 
     /// Does the work on torch's current stream.

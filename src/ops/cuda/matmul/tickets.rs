@@ -1,5 +1,6 @@
 //! The counters by which the splits of a tile find out who is last. A kernel leaves them zero as it found them, and launches of a
 //! device follow each other on one stream, so all launches share one block of zeros: clearing some for each would be a launch more.
+//! A work that is captured as a graph has run before (torch_graph.rs), so they are never made, and cleared, in a capture.
 //! Within a launch every tile has its own.
 
 use std::cell::RefCell;
