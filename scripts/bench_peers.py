@@ -41,6 +41,11 @@ TINY = {**SHAPES, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128
 LOGITS_ROWS = 512  # logits are made of so many rows at a time where no gradient is wanted
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 # ---------------------------------------------------------------------------------------------------- lengths, prompts
 
 def draw_lengths(prompts, group, seed):
@@ -55,9 +60,13 @@ def draw_lengths(prompts, group, seed):
 
 
 def read_lengths(path, prompts, group):
-    lines = [[int(n) for n in line.split()] for line in open(path) if line.strip()]
+    try:
+        with open(path) as file:
+            lines = [[int(n) for n in line.split()] for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        fail(f"--lengths: {path}: {error}")
     if not lines or any(len(line) < 2 or min(line) < 1 for line in lines):
-        sys.exit(f"error: {path}: expected a prompt's tokens and those of its responses a line, at least 1 each")
+        fail(f"--lengths: {path}: expected a prompt's tokens and those of its responses a line, at least 1 each")
     lines = [lines[p % len(lines)] for p in range(prompts)]
     return [(line[0], [line[1 + m % (len(line) - 1)] for m in range(group)]) for line in lines]
 
@@ -242,10 +251,23 @@ def variant(name, phase, seconds, peak, tokens, operations):
     return {"name": name, "phases": [row], "peak_device_bytes": peak}
 
 
-def ratios(ours, report):
+def read_ours(path, work):
+    """tokens/s by variant and phase of temper's result, which must be of the same work."""
+    try:
+        with open(path) as file:
+            ours = json.load(file)
+        own = {(v["name"], p["phase"]): p["tokens_per_s"] for v in ours["variants"] for p in v["phases"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        fail(f"--beside: {path}: expected the JSON of temper bench train or rollout: {error}")
+    for key, expected in work.items():
+        if ours.get(key) != expected:
+            fail(f"--beside: {path}: {key}: found {ours.get(key)}, expected {expected}: that is other work than the peer's")
+    return own
+
+
+def ratios(own, report):
     """tokens/s of temper's recipe, and of it without error, over the peer's."""
     theirs = {v["name"]: v["phases"][0]["tokens_per_s"] for v in report["variants"]}
-    own = {(v["name"], p["phase"]): p["tokens_per_s"] for v in ours["variants"] for p in v["phases"]}
     pairs = {"rollout over transformers generate": ("recipe", "rollout", "transformers_generate"),
              "update over patched torch": ("recipe", "update", "torch_update_noisy"),
              "update without error over torch": ("without_matmul_error", "update", "torch_update_clean")}
@@ -265,8 +287,11 @@ def main():
     parser.add_argument("--microbatch-sequences", type=int)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--beside", type=argparse.FileType())
+    parser.add_argument("--beside")
     args = parser.parse_args()
+    for name in ["prompts", "group_size", "minibatch_prompts", "microbatch_sequences", "steps"]:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least 1")
     defaults = (4, 2, 2, 4) if args.tiny else (128, 5, 32, 16)
     prompts, group = args.prompts or defaults[0], args.group_size or defaults[1]
     minibatch, microbatch = args.minibatch_prompts or defaults[2], args.microbatch_sequences or defaults[3]
@@ -278,7 +303,7 @@ def main():
             file.writelines(" ".join(map(str, [prompt, *responses])) + "\n" for prompt, responses in lengths)
         return
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: torch sees no GPU; expected --device cpu")
+        fail("--device cuda: torch sees no GPU; expected --device cpu")
 
     torch.manual_seed(args.seed)
     shapes = TINY if args.tiny else SHAPES
@@ -286,6 +311,10 @@ def main():
         model = Qwen2ForCausalLM(Qwen2Config(**shapes)).to(torch.bfloat16)
     batch = Batch(lengths, shapes["vocab_size"], args.device, args.seed)
     both = [(len(prompt), limit) for prompt, limit in zip(batch.prompts, batch.limits)]
+    mean = lambda x: sum(x) / len(x)
+    work = {"parameters": sum(p.numel() for p in model.parameters()), "sequences": len(both),
+            "prompt_tokens_mean": mean([p for p, _ in both]), "response_tokens_mean": mean(batch.limits)}
+    own = read_ours(args.beside, work) if args.beside else None
     model.eval()
     seconds, peak = measure(lambda: generate(model, batch), args.steps, args.device)
     variants = [variant("transformers_generate", "rollout", seconds, peak, sum(batch.limits),
@@ -301,28 +330,24 @@ def main():
         seconds, peak = measure(lambda: trainer.minibatch(batch, sequences, microbatch), args.steps, args.device)
         variants.append(variant(name, "update", seconds, peak, tokens, operations))
     medians = [v["phases"][0]["seconds"]["median"] for v in variants]
-    mean = lambda x: sum(x) / len(x)
     report = {
         "bench": "peers",
         "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "sequences": len(both),
+        **work,
         "group_size": group,
         "minibatch_sequences": len(sequences),
         "microbatch_sequences": microbatch,
-        "prompt_tokens_mean": mean([p for p, _ in both]),
-        "response_tokens_mean": mean(batch.limits),
         "response_tokens_max": max(batch.limits),
         "steps": args.steps,
         "variants": variants,
         "noise_time_ratio": {"update": medians[1] / medians[2]},
         "logprob_gap": {"batch": len(both), "mean_abs": gap_mean, "max_abs": gap_max},
     }
-    if args.beside:
-        report["temper_over_peer_tokens_per_s"] = ratios(json.load(args.beside), report)
+    if own:
+        report["temper_over_peer_tokens_per_s"] = ratios(own, report)
     print(json.dumps(report))
 
 

@@ -50,16 +50,20 @@ fi
 step train "$TEMPER" train configs/debug.yaml --device cuda --out "$out/runs"
 
 # The same lengths for all three; what came before has the time that it needs, these end after a few minutes each.
-config=configs/e5c.yaml tiny="" limit=(timeout 300)
-if [ -n "$quick" ]; then config=configs/debug.yaml tiny=--tiny; fi
+config=configs/e5c.yaml tiny="" limit=(timeout 300) beside=(--beside "$out/bench_train.out")
+# Other models cannot be put beside each other.
+if [ -n "$quick" ]; then config=configs/debug.yaml tiny=--tiny beside=(); fi
 # shellcheck disable=SC2086 # one word or none
 step lengths "$python" scripts/bench_peers.py $tiny --write-lengths "$out/lengths.txt"
 step bench_train "${limit[@]}" "$TEMPER" bench train "$config" --device cuda --set model.path=null \
   --lengths "$out/lengths.txt" --steps 1 --profile "$out/bench_train.trace.json" --json
+# Its logprob_gap_abs stands beside bench_peers' logprob_gap.
+step bench_clean "${limit[@]}" "$TEMPER" bench train "$config" --device cuda --set model.path=null \
+  --set noisy_ops.enabled=false --set noise_injection.enabled=false --lengths "$out/lengths.txt" --steps 1 --warmup 0 --json
 step bench_rollout "${limit[@]}" "$TEMPER" bench rollout "$config" --device cuda --set model.path=null \
   --lengths "$out/lengths.txt" --steps 2 --warmup 0 --json
 # shellcheck disable=SC2086 # one word or none
 step bench_peers "${limit[@]}" "$python" scripts/bench_peers.py $tiny --device cuda --lengths "$out/lengths.txt" \
-  --steps 1 --beside "$out/bench_train.out"
+  --steps 1 "${beside[@]}"
 say "results: $out"
 [ "$failed" -eq 0 ] || die "$failed steps failed"

@@ -66,7 +66,10 @@ pub struct Variant {
     pub phases: Vec<PhaseRow>,
     /// Host seconds inside spans of each name in a step, medians; spans nest.
     pub breakdown_s: BTreeMap<&'static str, f64>,
-    pub update_recomputed_flops: f64,
+    /// Null where no update ran.
+    pub update_recomputed_flops: Option<f64>,
+    /// Mean |update's - rollout's| of the response tokens' log-probs, median of the steps; null where no update ran.
+    pub logprob_gap_abs: Option<f64>,
     /// The most that torch's allocator had given out during a step; null on a CPU.
     pub peak_device_bytes: Option<u64>,
     /// Of a step, median; null without NVML.
@@ -103,6 +106,8 @@ pub struct StepReport {
     pub estimated_device_bytes: Option<u64>,
     /// Since the process began.
     pub peak_host_bytes: Option<u64>,
+    /// What made a step another one than was asked for: halved for want of memory, decoded without a graph, not injected as planned.
+    pub warnings: Vec<String>,
 }
 
 impl StepReport {
@@ -130,7 +135,8 @@ mod tests {
             name,
             phases: vec![PhaseRow::new("rollout", Spread::of(&[seconds]), Work::default(), None)],
             breakdown_s: BTreeMap::new(),
-            update_recomputed_flops: 0.0,
+            update_recomputed_flops: None,
+            logprob_gap_abs: None,
             peak_device_bytes: None,
             energy_j: None,
         };

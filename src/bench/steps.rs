@@ -7,7 +7,7 @@
 //! A phase ends when the device has done it. The breakdown's parts are the host's spans (`ops/profile.rs`): on a GPU,
 //! where the host runs ahead, they say which part launched work, not how long it took.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::time::Instant;
 
@@ -52,6 +52,8 @@ pub struct StepOptions<'a> {
     pub monitor: Option<Watch>,
     /// Called before each step.
     pub progress: &'a dyn Fn(&str),
+    /// Told of what makes a step another one than was asked for.
+    pub warn: &'a dyn Fn(&str),
 }
 
 /// Runs the steps; the report, and all spans of the measured steps.
@@ -95,6 +97,7 @@ struct Bench<'a> {
     monitor: Option<Monitor>,
     work: StepWork,
     spans: Vec<Recorded>,
+    warnings: RefCell<Vec<String>>,
 }
 
 /// One step: seconds by phase, the whole last; spans; what the machine said.
@@ -102,6 +105,8 @@ struct Measured {
     seconds: BTreeMap<&'static str, f64>,
     breakdown: BTreeMap<&'static str, f64>,
     machine: Map<String, Value>,
+    /// Mean |old - rollout| of the response tokens' log-probs; of training alone.
+    logprob_gap_abs: Option<f64>,
 }
 
 impl<'a> Bench<'a> {
@@ -138,6 +143,7 @@ impl<'a> Bench<'a> {
             monitor: options.monitor.as_ref().and_then(|watch| Monitor::start(watch, |_| {}).ok()),
             work: StepWork::default(),
             spans: Vec::new(),
+            warnings: RefCell::default(),
             model,
         })
     }
@@ -173,7 +179,10 @@ impl<'a> Bench<'a> {
         let whole = numbered("step", u64::from(number));
         let sigma = recipe.noise_injection.sigma_start;
         aqn::apply(&self.model, injector, number, sigma)?;
-        let warn = |line: &str| (options.progress)(line);
+        let warn = |line: &str| {
+            (options.warn)(line);
+            self.warnings.borrow_mut().push(line.to_string());
+        };
         let halving = Halving { count: &self.rollout_halvings, warn: &warn };
         let limits = Some(&self.drawn.responses[..]);
         let completed = completions(&self.model, injector, recipe, &self.prompts, limits, &halving, |_| {})?;
@@ -183,6 +192,7 @@ impl<'a> Bench<'a> {
         synchronize(self.device);
         seconds.insert("rollout", started.elapsed().as_secs_f64());
         let experience = experience(completed, recipe.rollout.group_size)?;
+        let mut logprob_gap_abs = None;
         if !options.rollout_only {
             let updating = Instant::now();
             let summary = Updater {
@@ -200,11 +210,16 @@ impl<'a> Bench<'a> {
             }
             .run(&experience)?;
             synchronize(self.device);
+            logprob_gap_abs = Some(summary.logprob_gap_abs);
             seconds.insert("logprobs", summary.seconds_logprobs);
             seconds.insert("update", updating.elapsed().as_secs_f64() - summary.seconds_logprobs);
         }
         aqn::clear(&self.model);
-        injector.finish_step(u64::from(number), sigma)?;
+        let injected = injector.finish_step(u64::from(number), sigma)?;
+        // A rollout alone has not run what is planned for the other phases.
+        if let Some(first) = injected.disagreements.first().filter(|_| !options.rollout_only) {
+            warn(&format!("what was injected is not what was planned: {first}"));
+        }
         seconds.insert("step", started.elapsed().as_secs_f64());
         drop(whole);
         let recording = profile::take();
@@ -213,7 +228,7 @@ impl<'a> Bench<'a> {
         let mut machine = self.accounting.memory();
         machine.extend(self.monitor.as_ref().map(Monitor::end_step).unwrap_or_default());
         self.work = self.accounting.work(&experience);
-        Ok(Measured { seconds, breakdown, machine })
+        Ok(Measured { seconds, breakdown, machine, logprob_gap_abs })
     }
 
     fn report(&self, options: &StepOptions, measured: &[Vec<Measured>]) -> StepReport {
@@ -250,6 +265,7 @@ impl<'a> Bench<'a> {
             noise_time_ratio: StepReport::noise_time_ratio(&variants),
             estimated_device_bytes: (!options.rollout_only).then(|| demand.estimate().peak_bytes),
             peak_host_bytes: host::peak_memory_bytes(),
+            warnings: self.warnings.borrow().clone(),
             variants,
         }
     }
@@ -276,7 +292,13 @@ impl<'a> Bench<'a> {
             name,
             phases: phases.collect(),
             breakdown_s: breakdown,
-            update_recomputed_flops: work.recomputed_flops,
+            update_recomputed_flops: steps
+                .iter()
+                .any(|s| s.seconds.contains_key("update"))
+                .then_some(work.recomputed_flops),
+            logprob_gap_abs: Some(steps.iter().filter_map(|step| step.logprob_gap_abs).collect::<Vec<f64>>())
+                .filter(|all| !all.is_empty())
+                .map(|all| Spread::of(&all).median),
             peak_device_bytes: of_machine("peak_device_bytes").into_iter().reduce(f64::max).map(|bytes| bytes as u64),
             energy_j: Some(of_machine("gpu_energy_j")).filter(|all| !all.is_empty()).map(|all| Spread::of(&all).median),
         }

@@ -9,6 +9,7 @@ use crate::bench::steps::{StepOptions, steps};
 use crate::config::{self, Config};
 use crate::device;
 use crate::model::checkpoint::resolve_model_path;
+use crate::run::console::to_stderr;
 use crate::run::trace;
 use crate::{Error, Result};
 
@@ -20,11 +21,11 @@ pub struct Args {
     #[arg(long = "set", value_name = "KEY=VALUE")]
     pub overrides: Vec<String>,
     /// Measured steps, with matmul error and without in turns
-    #[arg(long, default_value_t = 3, value_name = "N")]
-    pub steps: usize,
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub steps: u16,
     /// Steps of each before them
     #[arg(long, default_value_t = 1, value_name = "N")]
-    pub warmup: usize,
+    pub warmup: u16,
     /// Tokens of prompts and responses: gsm8k, N for responses of N tokens, or a FILE with a line a prompt (its tokens, then
     /// those of its responses)
     #[arg(long, default_value = "gsm8k", value_name = "gsm8k|FILE|N")]
@@ -44,18 +45,19 @@ pub fn run(args: &Args, rollout_only: bool, global: &Global) -> Result<()> {
     }
     let progress = |what: &str| {
         if !global.quiet {
-            eprintln!("bench: {what}");
+            to_stderr(format_args!("bench: {what}"));
         }
     };
     let options = StepOptions {
         rollout_only,
-        steps: args.steps,
-        warmup: args.warmup,
+        steps: args.steps.into(),
+        warmup: args.warmup.into(),
         lengths,
         device,
         device_name: device::name(device),
         monitor: common::watch(device),
         progress: &progress,
+        warn: &|line| to_stderr(format_args!("warning: {line}")),
     };
     let (report, recording) = steps(&common::recipe(&config), &options)?;
     if let Some(file) = &args.profile {
@@ -73,7 +75,7 @@ fn weights_or_preset(config: &mut Config, global: &Global) -> Result<()> {
     let (Some(path), Some(preset)) = (&config.model.path, &config.model.preset) else { return Ok(()) };
     if let Err(error) = resolve_model_path(path) {
         if !global.quiet {
-            eprintln!("notice: model.path: {error}; random weights of {preset} instead");
+            to_stderr(format_args!("notice: model.path: {error}; random weights of {preset} instead"));
         }
         config.model.path = None;
     }
@@ -96,6 +98,12 @@ fn text(report: &StepReport) -> String {
         let parts: Vec<String> = variant.breakdown_s.iter().map(|(name, s)| format!("{name} {s:.3} s")).collect();
         lines.push(format!("host spans, {}: {}", variant.name, parts.join(", ")));
     }
+    let gaps = report.variants.iter().filter_map(|v| Some((v.name.replace('_', " "), v.logprob_gap_abs?)));
+    let gaps: Vec<String> = gaps.map(|(name, gap)| format!("{name} {gap:.2e}")).collect();
+    if !gaps.is_empty() {
+        lines.push(format!("log-prob gap, rollout to update: {}", gaps.join(", ")));
+    }
+    lines.extend(report.warnings.iter().map(|line| format!("warning: {line}")));
     let gb = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
     let first = report.variants.first();
     let device = first.and_then(|v| v.peak_device_bytes).map(|bytes| format!("device memory {}", gb(bytes)));

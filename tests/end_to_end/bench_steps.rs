@@ -73,10 +73,15 @@ fn bench_train_times_every_phase_with_and_without_noise() {
             assert!(phase["mfu_ratio"].is_null() && number(phase, "flops") > 0.0);
         }
         assert!(variant["peak_device_bytes"].is_null());
+        assert!(
+            number(variant, "logprob_gap_abs") >= 0.0 && number(variant, "update_recomputed_flops") > 0.0,
+            "{variant}"
+        );
         for part in ["prefill", "decode", "old_logprobs", "reference_logprobs", "forward", "backward", "optimizer"] {
             assert!(number(&variant["breakdown_s"], part) > 0.0, "{part}: {variant}");
         }
     }
+    assert_eq!(report["warnings"], serde_json::json!([]));
     let median = |variant: usize| number(&variants[variant]["phases"][3]["seconds"], "median");
     let ratio = number(&report["noise_time_ratio"], "step");
     assert!((ratio - median(0) / median(1)).abs() < 1e-9, "{ratio}");
@@ -102,6 +107,7 @@ fn bench_rollout_takes_lengths_from_a_file_and_a_model_directory() {
     let report: Value = serde_json::from_str(&text).unwrap();
     let variants = report["variants"].as_array().unwrap();
     assert_eq!((variants.len(), &report["noise_time_ratio"]), (1, &Value::Null), "no error, no ratio: {report}");
+    assert!(variants[0]["logprob_gap_abs"].is_null() && variants[0]["update_recomputed_flops"].is_null(), "{report}");
     let phases = variants[0]["phases"].as_array().unwrap();
     assert_eq!((phases.len(), &phases[0]["phase"]), (1, &"rollout".into()));
     // Lines in turn over 4 prompts of 2 members: 1 + 3 and 4 + 4, twice.
@@ -118,7 +124,8 @@ fn bench_rollout_takes_lengths_from_a_file_and_a_model_directory() {
 fn what_is_wrong_with_a_step_benchmark_is_one_line() {
     let debug = debug_yaml();
     for (args, part) in [
-        (&["--steps", "0"][..], "--steps 0"),
+        (&["--steps", "0"][..], "--steps <N>"),
+        (&["--warmup", "18446744073709551615"], "--warmup <N>"),
         (&["--lengths", "0"], "--lengths 0"),
         (&["--lengths", "no/such/file"], "no/such/file: no such file"),
         (&["--profile", "no/such/dir/trace.json"], "--profile: no/such/dir/trace.json"),

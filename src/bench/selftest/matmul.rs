@@ -209,6 +209,9 @@ fn together(executor: &dyn Executor, layout: Layout, compared: &mut Compared) ->
     Ok(())
 }
 
+/// How many, and what was measured of them.
+type Calls = (u64, NoiseSums);
+
 /// y, dX and dW of a layer [tokens, k] -> [tokens, n], here and on the CPU; `noisy`: with error in all three.
 fn linear(
     device: Device,
@@ -223,7 +226,7 @@ fn linear(
         draw: noisy.then_some(ErrorDraw { law: ErrorLaw::RelativeGaussian, scale: 0.05, seed: 3, stream }),
         sink: noisy.then(|| sink.clone()),
     };
-    let on = |device: Device| -> Result<([Tensor; 3], Vec<(u64, NoiseSums)>)> {
+    let on = |device: Device| -> Result<([Tensor; 3], Vec<Calls>)> {
         let sinks: [SumsSink; 3] = Default::default();
         let dw = WeightGradientError { error: error(3, &sinks[2]), keys: RowKeys::consecutive(5 << 32, n) };
         let keys = RowKeys::new((0..tokens as u64).map(|row| row << 18).collect());
