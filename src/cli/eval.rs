@@ -1,6 +1,7 @@
 //! `temper eval MODEL --config CONFIG`: accuracy in every condition that the configuration has, and over error scales and
 //! formats.
 
+use std::cell::Cell;
 use std::path::{Path, PathBuf};
 
 use comfy_table::{Table, presets};
@@ -11,6 +12,7 @@ use super::{Global, common, results};
 use crate::config::Config;
 use crate::model::load::{ModelSource, kind_of};
 use crate::rl::evaluation::{Answer, Condition, Evaluation};
+use crate::rl::microbatch::Halving;
 use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::check_lengths;
 use crate::run::jsonl::JsonlWriter;
@@ -74,7 +76,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
         scorer: &scorer,
         max_new_tokens: recipe.data.max_response_tokens,
         batching: recipe.validation_batching(),
-        warn: &|line| console.warn(line),
+        halving: Halving { count: &Cell::new(0), warn: &|line| console.warn(line) },
     };
     let injector_of = |config: &Config| {
         // Quantized weights of another format may lie beside the clean ones.

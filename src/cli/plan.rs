@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use comfy_table::{Table, presets};
 use serde_json::{Value, json};
 
-use super::Global;
 use super::plan_memory::Memory;
+use super::{Global, common};
 use crate::config::{self, Config};
 use crate::data::section::DataKind;
 use crate::inject::plan::{InjectionPlan, ModuleKind, ModulePlan};
@@ -17,6 +17,7 @@ use crate::inject::section::PhaseSet;
 use crate::model::checkpoint::resolve_model_path;
 use crate::model::config::Qwen2Config;
 use crate::model::lora::{self, all_modules};
+use crate::run::console::to_stderr;
 use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
@@ -50,11 +51,11 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     };
     super::print(text.trim_end())?;
     if !global.quiet {
-        for notice in notices(&schedule, &plan) {
-            eprintln!("notice: {notice}");
+        for notice in notices(&config, &shapes, &schedule, &plan) {
+            to_stderr(format_args!("notice: {notice}"));
         }
         for key in schedule.unused_keys() {
-            eprintln!("notice: {key}: set, but not used by this kind of schedule");
+            to_stderr(format_args!("notice: {key}: set, but not used by this kind of schedule"));
         }
     }
     Ok(())
@@ -118,7 +119,7 @@ fn to_json(
         "activation_scale": plan.activation_scale,
         "lora": trained_adapters(config, shapes),
         "unused_keys": schedule.unused_keys(),
-        "notices": notices(schedule, plan),
+        "notices": notices(config, shapes, schedule, plan),
         "memory": memory.json(),
     })
 }
@@ -280,6 +281,7 @@ fn name_of(value: impl serde::Serialize) -> String {
     }
 }
 
-fn notices(schedule: &SigmaSchedule, plan: &InjectionPlan) -> Vec<String> {
-    [plan.notices.as_slice(), &schedule.notices()].concat()
+fn notices(config: &Config, shapes: &Qwen2Config, schedule: &SigmaSchedule, plan: &InjectionPlan) -> Vec<String> {
+    let of_recipe = common::recipe(config).notices(shapes.max_position_embeddings);
+    [plan.notices.as_slice(), &schedule.notices(), &of_recipe].concat()
 }

@@ -7,18 +7,18 @@ use std::path::Path;
 use serde_yaml::{Mapping, Value};
 
 use super::section::{Compat, LayerSigmaConfig, NoiseInjectionSection};
+use crate::error::one_line;
 use crate::{Error, Result, bail_input, input_error};
 
 /// The map in a multiplier file. Errors: missing file, not JSON/YAML, duplicate keys, not a map.
 pub fn read_file(path: &Path) -> Result<Mapping> {
     let shown = path.display();
     let text = std::fs::read_to_string(path).map_err(|e| Error::io(path, e))?;
-    let one_line =
-        |message: String| input_error!("{shown}: {}", message.split_whitespace().collect::<Vec<_>>().join(" "));
+    let wrong = |message: String| input_error!("{shown}: {}", one_line(message));
     let value: Value = if path.extension().is_some_and(|e| e == "json") {
-        serde_json::from_str(&text).map_err(|e| one_line(e.to_string()))?
+        serde_json::from_str(&text).map_err(|e| wrong(e.to_string()))?
     } else {
-        serde_yaml::from_str(&text).map_err(|e| one_line(e.to_string()))?
+        serde_yaml::from_str(&text).map_err(|e| wrong(e.to_string()))?
     };
     match value {
         Value::Mapping(map) => Ok(map),

@@ -304,6 +304,10 @@ fn notices(aqn: &NoiseInjectionSection, noise: &NoisyOpsSection, quant: &FakeQua
         "fake_quant.activation_scale: static: set, but no activations are quantized".to_string(),
     );
     say(
+        quant.enabled && quant.calibration_prompts.is_some() && quant.activation_scale != Some(ActivationScale::Static),
+        "fake_quant.calibration_prompts: set, but only activation_scale: static is calibrated".to_string(),
+    );
+    say(
         quant.enabled && !quant.share_tensor_scale && quant.weights.is_some_and(Format::has_tensor_scale),
         "fake_quant.share_tensor_scale: false: q/k/v and gate/up have a tensor scale each; deployed models and `temper quantize` share one"
             .to_string(),

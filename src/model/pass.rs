@@ -99,6 +99,11 @@ impl Sequence {
         (0..self.ids.len()).map(|p| self.key(p)).collect()
     }
 
+    /// (prompt, response) tokens.
+    pub fn lengths(&self) -> (usize, usize) {
+        (self.prompt_len, self.response().len())
+    }
+
     pub fn response(&self) -> &[u32] {
         &self.ids[self.prompt_len..]
     }

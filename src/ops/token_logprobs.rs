@@ -15,7 +15,7 @@ use super::noisy_linear::{self, NoisyLinearCall, WeightGradientError};
 use crate::Result;
 
 /// Upper bound of one chunk of f32 logits, in bytes.
-const CHUNK_BYTES: usize = 256 << 20;
+pub const CHUNK_BYTES: usize = 256 << 20;
 
 /// Both differentiable.
 pub struct TokenLogprobs {

@@ -5,13 +5,14 @@
 
 use serde::Serialize;
 
+use super::microbatch::Halving;
 use super::recipe::PreparedQuestion;
 use super::reward;
 use super::reward::scorer::{Item, Scorer};
 use crate::Result;
 use crate::inject::injector::Injector;
 use crate::inject::section::InjectPhase;
-use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling, generate};
+use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling};
 use crate::model::pass::{Pass, PromptUid};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
@@ -109,8 +110,8 @@ pub struct Evaluation<'a> {
     pub scorer: &'a Scorer,
     pub max_new_tokens: usize,
     pub batching: Batching,
-    /// Told that decoding goes another way than it was to.
-    pub warn: &'a dyn Fn(&str),
+    /// Of what is decoded at once; told too that decoding goes another way than it was to.
+    pub halving: Halving<'a>,
 }
 
 impl Evaluation<'_> {
@@ -126,12 +127,9 @@ impl Evaluation<'_> {
             })
             .collect();
         let (sampling, stop_ids) = (Sampling::greedy(), &self.model.config.eos_token_ids);
-        let request = Request {
-            batching: self.batching,
-            warn: self.warn,
-            ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling)
-        };
-        let completions = generate(self.model, &request, pass, progress)?;
+        let request =
+            Request { batching: self.batching, ..Request::new(&prompts, 1, self.max_new_tokens, stop_ids, &sampling) };
+        let completions = self.halving.generate(self.model, &request, pass, "trainer.val_batch_size", progress)?;
         let decode = |c: &Completion| self.tokenizer.decode(c.sequence.response());
         let texts = completions.iter().map(decode).collect::<Result<Vec<String>>>()?;
         let item = |(question, text)| Item { question, text, member: 0, validation: true };

@@ -28,6 +28,7 @@ pub mod cards;
 
 use serde::Serialize;
 
+use super::optimizer;
 use super::recipe::Recipe;
 use crate::inject::plan::{InjectionPlan, ModuleKind};
 use crate::inject::section::{ApplyTo, InjectPhase};
@@ -35,12 +36,8 @@ use crate::model::config::Qwen2Config;
 use crate::model::generate::PREFILL_TOKENS;
 use crate::model::section::{Dtype, LoraSection};
 use crate::model::{kv_cache, lora};
+use crate::ops::token_logprobs;
 use activations::Pass;
-
-/// Elements that the optimizer works on at a time (optimizer.rs).
-const OPTIMIZER_CHUNK: u64 = 1 << 22;
-/// At most this much of f32 logits is computed at a time (ops/token_logprobs.rs).
-const LOGITS_CHUNK_BYTES: u64 = 256 << 20;
 
 /// What the estimate depends on.
 #[derive(Clone, Debug)]
@@ -61,6 +58,8 @@ pub struct Demand<'a> {
     pub group_size: u64,
     /// Most sequences decoded at once; None: all of the step.
     pub max_sequences: Option<u64>,
+    /// Sequences that validation decodes at once, alone each.
+    pub validation_sequences: u64,
     /// The KV cache's capacity is a multiple of it.
     pub cache_step: u64,
     /// The longest prompt and the longest response, in tokens.
@@ -90,7 +89,7 @@ pub struct PhaseMemory {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct MemoryEstimate {
-    /// `rollout`, `logprobs`, `update`, `optimizer`.
+    /// `rollout`, `logprobs`, `update`, `optimizer`, `validation`.
     pub phases: Vec<PhaseMemory>,
     pub peak_phase: &'static str,
     pub peak_bytes: u64,
@@ -115,11 +114,13 @@ impl<'a> Demand<'a> {
             sequences: (data.prompts_per_step * group) as u64,
             group_size: group as u64,
             max_sequences: at_once,
+            validation_sequences: trainer.val_batch_size as u64,
             cache_step: kv_cache::growth(on_gpu) as u64,
             prompt_tokens: data.max_prompt_tokens as u64,
             response_tokens: data.max_response_tokens as u64,
-            microbatch_tokens: trainer.microbatch_tokens.unwrap_or(trainer.microbatch_sequences * longest as usize)
-                as u64,
+            microbatch_tokens: (trainer.microbatch_tokens.map(|tokens| tokens as u64))
+                .unwrap_or(trainer.microbatch_sequences as u64 * longest)
+                .min((trainer.minibatch_prompts * group) as u64 * longest),
             temperature: recipe.rollout.temperature,
             sorts_probabilities: recipe.rollout.top_p < 1.0,
         }
@@ -135,7 +136,7 @@ impl<'a> Demand<'a> {
     }
 
     pub fn estimate(&self) -> MemoryEstimate {
-        let phases = vec![self.rollout(), self.logprobs(), self.update(), self.optimizer()];
+        let phases = vec![self.rollout(), self.logprobs(), self.update(), self.optimizer(), self.validation()];
         let (mut peak_phase, mut peak_bytes) = ("", 0);
         for phase in &phases {
             if phase.bytes > peak_bytes {
@@ -146,22 +147,33 @@ impl<'a> Demand<'a> {
     }
 
     fn rollout(&self) -> PhaseMemory {
+        let sampling =
+            activations::sampling(self.decoded_rows(), self.vocab(), self.temperature, self.sorts_probabilities);
+        let mut parts = self.decoding(self.decoded_rows(), self.group_size, sampling);
+        parts.push(Part { name: "aqn_weights", bytes: self.aqn_weights() });
+        phase("rollout", parts)
+    }
+
+    /// Greedy, without AQN.
+    fn validation(&self) -> PhaseMemory {
+        let rows = self.validation_sequences;
+        phase("validation", self.decoding(rows, 1, activations::sampling(rows, self.vocab(), 1.0, false)))
+    }
+
+    fn decoding(&self, rows: u64, group: u64, sampling: u64) -> Vec<Part> {
         let pass = self.pass();
-        let rows = self.decoded_rows();
         // Every prompt is computed once for its group, as many at a time as a pass holds.
-        let prompts = rows.div_ceil(self.group_size.max(1));
+        let prompts = rows.div_ceil(group.max(1));
         let at_once = (PREFILL_TOKENS as u64).max(self.prompt_tokens);
         let prefill = pass.without_gradient((prompts * self.prompt_tokens).min(at_once));
-        let sampling = activations::sampling(rows, self.vocab(), self.temperature, self.sorts_probabilities);
         let decode = pass.without_gradient(rows) + sampling;
         let mut parts = self.standing(!self.offload_reference);
         parts.extend([
             Part { name: "quantized", bytes: self.quantized() },
-            Part { name: "aqn_weights", bytes: self.aqn_weights() },
             Part { name: "kv_cache", bytes: self.kv_cache(rows) },
             Part { name: "activations", bytes: prefill.max(decode) },
         ]);
-        phase("rollout", parts)
+        parts
     }
 
     fn logprobs(&self) -> PhaseMemory {
@@ -204,7 +216,7 @@ impl<'a> Demand<'a> {
         let trained = self.trained_matrices();
         let largest = trained.into_iter().max().unwrap_or(0);
         // Scaled gradient, its square, denominator and numerator of a chunk.
-        let chunks = 4 * 4 * OPTIMIZER_CHUNK.min(largest);
+        let chunks = 4 * 4 * (optimizer::CHUNK as u64).min(largest);
         let mut parts = self.standing(!self.offload_reference);
         parts.extend([
             Part { name: "head_gradient", bytes: self.head_gradient() },
@@ -346,7 +358,7 @@ impl<'a> Demand<'a> {
     /// softmax and dlogits in f32 and in the compute dtype.
     fn logits_chunk(&self) -> u64 {
         let row = 4 * self.vocab();
-        3 * (LOGITS_CHUNK_BYTES / row).max(1).min(self.response_rows()) * row
+        3 * (token_logprobs::CHUNK_BYTES as u64 / row).max(1).min(self.response_rows()) * row
     }
 
     /// On a GPU a product without error is the library's: the head's dW is a matrix of its own before it is added.

@@ -10,21 +10,67 @@ use serde::{Deserialize, Serialize};
 
 use super::section::TrainerSection;
 use crate::inject::section::DwDraw;
+use crate::model::generate::{Batching, Completion, Request, generate};
+use crate::model::pass::Pass;
+use crate::model::qwen2::Qwen2;
 use crate::{Error, Result};
 
 /// How often out-of-memory has halved what is computed at once; part of a run's state, so that a resume goes on with it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Halvings {
     pub microbatch: u32,
     pub rollout: u32,
+    pub validation: u32,
 }
 
-/// What a rollout that runs out of memory changes.
+/// What a rollout or a validation that runs out of memory changes.
 #[derive(Clone, Copy)]
 pub struct Halving<'a> {
     /// Halvings of the sequences decoded at once, so far in the run.
     pub count: &'a Cell<u32>,
     pub warn: &'a dyn Fn(&str),
+}
+
+impl Halving<'_> {
+    /// As [`generate`], but where memory runs out with half as many sequences at a time, from then on. A sequence does not depend
+    /// on which others are decoded beside it. `key` limits how many these are.
+    ///
+    /// # Errors
+    /// Those of [`generate`]; `OutOfMemory` where one group at a time is too much.
+    pub fn generate(
+        &self,
+        model: &Qwen2,
+        request: &Request,
+        pass: &Pass,
+        key: &str,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Completion>> {
+        let all = request.prompts.len() * request.group_size;
+        let most = request.batching.max_sequences.unwrap_or(all).min(all);
+        pass.injector.iter().for_each(|injector| injector.settle());
+        loop {
+            // Nothing of an attempt that failed counts.
+            pass.injector.iter().for_each(|injector| injector.forget());
+            let at_once = (most >> self.count.get()).max(request.group_size);
+            let batching = Batching { max_sequences: Some(at_once), ..request.batching };
+            match generate(model, &Request { batching, warn: self.warn, ..*request }, pass, &mut progress) {
+                Err(Error::OutOfMemory(message)) if at_once > request.group_size => {
+                    self.count.set(self.count.get() + 1);
+                    (self.warn)(&format!(
+                        "out of memory: {message}; from now on fewer than {at_once} sequences at a time, as with a smaller {key}"
+                    ));
+                }
+                Err(Error::OutOfMemory(message)) => {
+                    return Err(Error::OutOfMemory(format!(
+                        "{message}; no more than {at_once} were decoded at a time: lower data.max_response_tokens, or use a \
+                         larger GPU"
+                    )));
+                }
+                result => return result,
+            }
+        }
+    }
 }
 
 /// What a micro-batch may hold.

@@ -25,7 +25,7 @@ use super::section::{LrSchedule, OptimizerSection};
 use crate::{Result, bail_input, input_error};
 
 /// Elements worked on at a time: 16 MiB of f32, large enough to fill a GPU.
-const CHUNK: i64 = 1 << 22;
+pub(super) const CHUNK: i64 = 1 << 22;
 
 /// Names of the state's tensors: these and the parameter's name.
 const FIRST_MOMENT: &str = "exp_avg.";
@@ -57,7 +57,6 @@ pub struct AdamWCounters {
     /// Updates done; skipped ones are not among them.
     pub step: u64,
     pub skipped_steps: u64,
-    pub lr_multiplier: f64,
 }
 
 #[derive(Debug)]
@@ -83,7 +82,7 @@ impl AdamW {
     /// A parameter out of its range, named as in the configuration.
     pub fn new(config: OptimizerSection) -> Result<AdamW> {
         check_config(&config)?;
-        let counters = AdamWCounters { step: 0, skipped_steps: 0, lr_multiplier: 1.0 };
+        let counters = AdamWCounters { step: 0, skipped_steps: 0 };
         let config = OptimizerSection { schedule: LrSchedule::Constant, ..config };
         Ok(AdamW { config, total_updates: 0, counters, moments: BTreeMap::new() })
     }
@@ -105,15 +104,10 @@ impl AdamW {
         self.counters
     }
 
-    /// Scales the learning rate from now on (kept by the state).
-    pub fn set_lr_multiplier(&mut self, multiplier: f64) {
-        self.counters.lr_multiplier = multiplier;
-    }
-
-    /// Learning rate of the next update: lr * multiplier * the schedule's factor.
+    /// Learning rate of the next update: lr times the schedule's factor.
     pub fn next_lr(&self) -> f64 {
         let factor = lr_schedule::factor(&self.config, self.counters.step + 1, self.total_updates);
-        self.config.lr * self.counters.lr_multiplier * factor
+        self.config.lr * factor
     }
 
     /// Counts an update that was not made because its loss was not finite.

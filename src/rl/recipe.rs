@@ -43,6 +43,26 @@ impl Recipe {
         }
     }
 
+    /// What is allowed and may not be meant. `positions`: the model's max_position_embeddings.
+    pub fn notices(&self, positions: usize) -> Vec<String> {
+        let mut notices = Vec::new();
+        let longest = self.data.max_prompt_tokens + self.data.max_response_tokens;
+        if longest > positions {
+            notices.push(format!(
+                "data.max_prompt_tokens and data.max_response_tokens: {longest} together, but the model has {positions} \
+                 positions: longer questions than that leaves room for are refused"
+            ));
+        }
+        let TrainerSection { val_every, save_every, keep_best, .. } = self.trainer;
+        if keep_best > 0 && val_every > 0 && save_every % val_every != 0 {
+            notices.push(format!(
+                "trainer.keep_best: {keep_best}: a checkpoint is compared by the validation of its step, and save_every: \
+                 {save_every} is no multiple of val_every: {val_every}"
+            ));
+        }
+        notices
+    }
+
     /// Whether the KL penalty needs a second model: the base of adapters is the reference policy itself.
     pub fn has_reference_model(&self) -> bool {
         self.algorithm.kl_coef != 0.0 && self.model.lora.is_none()

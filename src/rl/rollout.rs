@@ -11,15 +11,15 @@ use super::microbatch::Halving;
 use super::recipe::{PreparedQuestion, Recipe, keyed_shuffle};
 use super::reward::RewardScore;
 use super::reward::scorer::{Item, Scored, Scorer, overlong_penalty};
+use crate::Result;
 use crate::inject::injector::Injector;
-use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling, generate};
+use crate::model::generate::{Batching, Completion, Prompt, Request, Sampling};
 use crate::model::pass::{Pass, PromptUid};
 use crate::model::qwen2::Qwen2;
 use crate::model::tokenizer::Tokenizer;
 use crate::numerics::noise_key::{Phase, Purpose, stream};
 use crate::ops::matmul_error::RowKeys;
 use crate::ops::profile::span;
-use crate::{Error, Result};
 
 /// Group members stand together, prompts in order.
 #[derive(Default)]
@@ -36,6 +36,8 @@ pub struct Rollout {
     /// Mean penalty for length.
     pub overlong_mean: f64,
     pub dynamic: Option<DynamicSummary>,
+    /// (prompt, response) tokens of what was sampled and is not trained on.
+    pub left_out: Vec<(usize, usize)>,
     /// For the console.
     pub warnings: Vec<String>,
 }
@@ -72,6 +74,8 @@ struct Sample {
     scored: Scored,
 }
 
+type Group = Vec<Sample>;
+
 /// What sampling needs.
 pub struct Sampler<'a> {
     pub model: &'a Qwen2,
@@ -93,18 +97,19 @@ impl Sampler<'_> {
         mut progress: impl FnMut(usize),
     ) -> Result<Rollout> {
         let mut groups = self.sample(questions, &mut progress)?;
-        let mut dynamic = None;
+        let (mut dynamic, mut left_out) = (None, Vec::new());
         if let Some(section) = &self.recipe.algorithm.dynamic_sampling {
-            let (replaced, summary) = self.replace(groups, further, section.max_rounds, &mut progress)?;
+            let (replaced, others, summary) = self.replace(groups, further, section.max_rounds, &mut progress)?;
             (groups, dynamic) = (replaced, Some(summary));
+            left_out = others.iter().flatten().map(|sample| sample.completion.sequence.lengths()).collect();
         }
         let mut warnings = self.scorer.take_warnings();
         warnings.extend(dynamic.as_ref().and_then(|summary| summary.shortfall(self.step)));
-        self.finish(groups, dynamic, warnings)
+        Ok(Rollout { dynamic, left_out, warnings, ..self.finish(groups)? })
     }
 
     /// The groups of one round of sampling.
-    fn sample(&self, questions: &[&PreparedQuestion], progress: &mut dyn FnMut(usize)) -> Result<Vec<Vec<Sample>>> {
+    fn sample(&self, questions: &[&PreparedQuestion], progress: &mut dyn FnMut(usize)) -> Result<Vec<Group>> {
         let recipe = self.recipe;
         let prompts: Vec<Prompt> = questions
             .iter()
@@ -128,32 +133,34 @@ impl Sampler<'_> {
         Ok((0..questions.len()).map(|_| samples.by_ref().take(group).collect()).collect())
     }
 
-    /// Keeps the groups that teach something and samples further ones in place of the others.
+    /// Keeps the groups that teach something and samples further ones in place of the others; what it keeps, and the others.
     fn replace(
         &self,
-        first: Vec<Vec<Sample>>,
+        first: Vec<Group>,
         further: &[&PreparedQuestion],
         max_rounds: u64,
         progress: &mut dyn FnMut(usize),
-    ) -> Result<(Vec<Vec<Sample>>, DynamicSummary)> {
+    ) -> Result<(Vec<Group>, Vec<Group>, DynamicSummary)> {
         let wanted = first.len();
         let mut sampled: Vec<f64> = Vec::new();
-        let mut count = |groups: &[Vec<Sample>]| {
+        let mut count = |groups: &[Group]| {
             sampled.extend(groups.iter().flatten().filter_map(|sample| sample.scored.reward));
         };
-        let teaches = |group: &Vec<Sample>| {
+        let teaches = |group: &Group| {
             let rewards: Vec<Option<f64>> = group.iter().map(|sample| sample.scored.reward).collect();
             !teaches_nothing(&rewards)
         };
         count(&first);
         let (mut kept, dropped): (Vec<_>, Vec<_>) = first.into_iter().partition(teaches);
-        let (mut rounds, mut used) = (1, 0);
+        let (mut rounds, mut used, mut left_out) = (1, 0, Vec::new());
         while kept.len() < wanted && rounds < max_rounds && used < further.len() {
             let next = &further[used..further.len().min(used + wanted - kept.len())];
             used += next.len();
             let groups = self.sample(next, progress)?;
             count(&groups);
-            kept.extend(groups.into_iter().filter(teaches));
+            let (teaching, others): (Vec<_>, Vec<_>) = groups.into_iter().partition(teaches);
+            kept.extend(teaching);
+            left_out.extend(others);
             rounds += 1;
         }
         let summary = DynamicSummary {
@@ -163,16 +170,15 @@ impl Sampler<'_> {
             groups_wanted: wanted,
             reward_sampled: mean(&sampled),
         };
-        Ok((if kept.is_empty() { dropped } else { kept }, summary))
+        if kept.is_empty() {
+            return Ok((dropped, left_out, summary));
+        }
+        left_out.extend(dropped);
+        Ok((kept, left_out, summary))
     }
 
     /// Rewards and advantages of the groups that the step trains on.
-    fn finish(
-        &self,
-        groups: Vec<Vec<Sample>>,
-        dynamic: Option<DynamicSummary>,
-        warnings: Vec<String>,
-    ) -> Result<Rollout> {
+    fn finish(&self, groups: Vec<Group>) -> Result<Rollout> {
         let recipe = self.recipe;
         let group = recipe.rollout.group_size;
         let samples: Vec<Sample> = groups.into_iter().flatten().collect();
@@ -207,8 +213,7 @@ impl Sampler<'_> {
             rewards,
             part_means,
             overlong_mean: mean(&penalties),
-            dynamic,
-            warnings,
+            ..Rollout::default()
         })
     }
 }
@@ -223,7 +228,7 @@ pub fn completions(
     prompts: &[Prompt],
     limits: Option<&[usize]>,
     halving: &Halving,
-    mut progress: impl FnMut(usize),
+    progress: impl FnMut(usize),
 ) -> Result<Vec<Completion>> {
     let _span = span("rollout");
     let sampling = Sampling {
@@ -236,36 +241,15 @@ pub fn completions(
     };
     let (group, most_tokens) = (recipe.rollout.group_size, recipe.data.max_response_tokens);
     let stop_ids = if limits.is_some() { &[] } else { &model.config.eos_token_ids[..] };
-    let all = prompts.len() * group;
-    let most = recipe.rollout.max_sequences.unwrap_or(all).min(all);
     let keys = RowKeys::new(Vec::new());
     let pass = Pass { measure_norms: true, ..Pass::injected(injector, Phase::Rollout, keys) };
-    injector.settle();
-    loop {
-        // Nothing of an attempt that failed counts.
-        injector.forget();
-        // A sequence does not depend on which others are decoded beside it: fewer at a time give the same.
-        let at_once = (most >> halving.count.get()).max(group);
-        let request = Request {
-            limits,
-            batching: Batching {
-                max_sequences: Some(at_once),
-                enforce_eager: recipe.rollout.enforce_eager,
-                ..Batching::default()
-            },
-            warn: halving.warn,
-            ..Request::new(prompts, group, most_tokens, stop_ids, &sampling)
-        };
-        match generate(model, &request, &pass, &mut progress) {
-            Err(Error::OutOfMemory(message)) if at_once > group => {
-                halving.count.set(halving.count.get() + 1);
-                let warning =
-                    format!("out of memory in the rollout: {message}; fewer than {at_once} sequences at a time");
-                (halving.warn)(&warning);
-            }
-            result => return result,
-        }
-    }
+    let batching = Batching {
+        max_sequences: recipe.rollout.max_sequences,
+        enforce_eager: recipe.rollout.enforce_eager,
+        ..Batching::default()
+    };
+    let request = Request { limits, batching, ..Request::new(prompts, group, most_tokens, stop_ids, &sampling) };
+    halving.generate(model, &request, &pass, "rollout.max_sequences", progress)
 }
 
 /// NaN of nothing: null in the file.

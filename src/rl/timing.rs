@@ -64,10 +64,13 @@ impl Accounting {
         self.ceiling_flop_per_s
     }
 
+    /// The rollout's is that of everything sampled, the others' that of what is trained on.
     pub fn work(&self, experience: &Rollout) -> StepWork {
-        let lengths: Vec<(usize, usize)> =
-            experience.completions.iter().map(|c| (c.sequence.prompt_len, c.sequence.response().len())).collect();
-        step_work(&self.shapes, &lengths, self.group_size, self.passes)
+        let of = |lengths: &[(usize, usize)]| step_work(&self.shapes, lengths, self.group_size, self.passes);
+        let mut lengths: Vec<(usize, usize)> = experience.completions.iter().map(|c| c.sequence.lengths()).collect();
+        let trained = of(&lengths);
+        lengths.extend(&experience.left_out);
+        StepWork { rollout: of(&lengths).rollout, ..trained }
     }
 
     /// Tokens and operations of a phase that took `seconds`: `NAME_tokens_per_s`, `_flops`, `_flop_per_s`, `_mfu_ratio`.

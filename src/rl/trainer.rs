@@ -176,9 +176,9 @@ impl<'a> Run<'a> {
         let total = self.schedule.total_steps();
         let console = self.launch.console;
         console.note(&format!("run directory {}", self.dir.path().display()));
-        for notice in &self.injector.plan().notices {
-            console.warn(notice);
-        }
+        self.injector.plan().notices.iter().for_each(|notice| console.warn(notice));
+        let notices = self.recipe.notices(self.model.config.max_position_embeddings);
+        notices.iter().for_each(|notice| console.note(&format!("notice: {notice}")));
         // The rows that are there decide, under the rules of now: a rule may be new, or gone. A run that had gone on for long
         // when a new rule would have ended it was not ended by it.
         match self.rules.fired() {
@@ -308,6 +308,7 @@ impl<'a> Run<'a> {
     fn validate(&mut self, step: u64) -> Result<()> {
         let console = self.launch.console;
         let conditions = Condition::applying(&self.injector);
+        let halvings = Cell::new(self.state.halvings.validation);
         let evaluation = Evaluation {
             model: &self.model,
             tokenizer: &self.workload.tokenizer,
@@ -315,7 +316,7 @@ impl<'a> Run<'a> {
             scorer: &self.scorer,
             max_new_tokens: self.recipe.data.max_response_tokens,
             batching: self.recipe.validation_batching(),
-            warn: &|line| console.warn(line),
+            halving: Halving { count: &halvings, warn: &|line| console.warn(line) },
         };
         let mut results = Vec::new();
         for condition in conditions {
@@ -326,6 +327,7 @@ impl<'a> Run<'a> {
             self.scorer.take_warnings().iter().for_each(|warning| console.warn(warning));
             results.push((condition, answers));
         }
+        self.state.halvings.validation = halvings.get();
         let validation = Validation { step, conditions: results };
         let row = validation_row(&validation, if step == 0 { 0 } else { self.schedule.epoch(step) });
         self.metrics.write(&row)?;

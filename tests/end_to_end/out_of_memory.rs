@@ -2,7 +2,7 @@
 //! the one that had the smaller micro-batch from the beginning, to rounding.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -33,6 +33,42 @@ fn peak_kib(mut command: Command) -> u64 {
     peak
 }
 
+/// The command, in an address space of `limit` KiB.
+fn limited(limit: u64, args: &[String]) -> Output {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -v {limit}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_temper")]);
+    command.args(args).output().unwrap()
+}
+
+/// A validation that decodes too many at once decodes half of them, from then on, and its answers are the same.
+#[test]
+fn halved_validations_give_the_same_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "
+data: {prompts_per_step: 4, generated: {train_problems: 4, val_problems: 4096}}
+trainer: {epochs: 1, minibatch_prompts: 4, val_before_train: true, val_every: 1, save_every: 0}
+reward: {mode: numeric}";
+    let config = config(dir.path(), "validated", lines);
+    let args = |name: &str, at_once: usize| {
+        let mut args = train_args(&config, &dir.path().join(name));
+        args.extend(["--set".to_string(), format!("trainer.val_batch_size={at_once}")]);
+        args
+    };
+    let (small, large) = (peak_kib(temper(&args("small", 512))), peak_kib(temper(&args("large", 4096))));
+    assert!(large > small + 100_000, "{large} KiB, {small} KiB: validation must need the memory");
+    let output = limited((small + large) / 2, &args("limited", 4096));
+    let text = stderr_of(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(text.contains("out of memory: ") && text.contains("as with a smaller trainer.val_batch_size"), "{text}");
+    assert_eq!(text.matches("out of memory: ").count(), text.matches("fewer than").count());
+    let validations = |name: &str| {
+        let all = rows(&run_dir(&dir.path().join(name)).join("metrics.jsonl")).into_iter();
+        all.filter(|row| row["kind"] == "val").collect::<Vec<Value>>()
+    };
+    assert_eq!(validations("small").len(), 2);
+    assert_eq!(validations("limited"), validations("small"));
+}
+
 fn first_row(out: &Path) -> Value {
     rows(&run_dir(out).join("metrics.jsonl")).into_iter().find(|row| row["kind"] == "train").unwrap()
 }
@@ -48,13 +84,8 @@ fn halved_micro_batches_give_the_same_step() {
     };
     let (small, large) = (peak_kib(temper(&args("small", 128))), peak_kib(temper(&args("large", 512))));
     assert!(large > small + 100_000, "{large} KiB, {small} KiB: the update must need the memory");
-    let limited = |name: &str, limit: u64, more: &[&str]| {
-        let mut command = Command::new("sh");
-        command.args(["-c", &format!("ulimit -v {limit}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_temper")]);
-        command.args(args(name, 512)).args(more).output().unwrap()
-    };
     let limit = (small + large) / 2;
-    let output = limited("limited", limit, &[]);
+    let output = limited(limit, &args("limited", 512));
     let text = stderr_of(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("out of memory: ") && text.contains("as with trainer.microbatch_sequences: 256"), "{text}");
@@ -65,7 +96,8 @@ fn halved_micro_batches_give_the_same_step() {
     }
 
     // Where the split is part of the experiment it stays, and the error says what to do.
-    let output = limited("refused", limit, &["--set", "noisy_ops.dw_draw=per_microbatch"]);
+    let fixed = ["--set".to_string(), "noisy_ops.dw_draw=per_microbatch".to_string()];
+    let output = limited(limit, &[args("refused", 512), fixed.to_vec()].concat());
     let text = stderr_of(&output);
     let error = text.lines().last().unwrap_or_default();
     assert_eq!(output.status.code(), Some(1), "{text}");

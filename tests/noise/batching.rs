@@ -1,7 +1,7 @@
 //! What is computed at once changes nothing: generation in any number of rows, refilled or not, looked at after every token or
 //! every eight; updates in any micro-batches. Draws are equal to the bit, values to 1e-5, tokens except at near ties.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use temper::inject::injector::Injector;
 use temper::inject::section::NoisyOpsSection;
 use temper::model::attention::Attend;
@@ -17,6 +17,7 @@ use temper::ops::packed_attention::Packing;
 use temper::rl::optimizer::AdamW;
 use temper::rl::rollout::Rollout;
 use temper::rl::section::TrainerSection;
+use temper::rl::timing::Accounting;
 use temper::rl::update::UpdateSummary;
 
 use crate::support::{
@@ -165,6 +166,29 @@ fn an_updates_draws_are_the_same_bits_in_any_micro_batch() {
     }
 }
 
+fn experience() -> Rollout {
+    let completions = sequences().into_iter().map(|sequence| {
+        let logprobs = vec![-3.0; sequence.response().len()];
+        Completion { sequence, logprobs, finished: true }
+    });
+    let advantages = vec![1.0, -1.0, 0.5, -0.5, -2.0, 2.0];
+    Rollout { completions: completions.collect(), advantages, ..Rollout::default() }
+}
+
+/// Under dynamic sampling: the rollout's work is that of everything sampled, the other phases' that of what is trained on.
+#[test]
+fn what_is_left_out_was_sampled_all_the_same() {
+    let (recipe, model) = (recipe(|r| r.rollout.group_size = 1), model(true));
+    let accounting = Accounting::of(&recipe, &model.config, Device::Cpu, "cpu");
+    let plain = accounting.work(&experience());
+    let more = accounting.work(&Rollout { left_out: vec![(7, 30), (2, 5)], ..experience() });
+    assert_eq!(more.rollout.tokens, plain.rollout.tokens + 35);
+    let alone = Rollout { left_out: vec![(7, 30), (2, 5)], ..Rollout::default() };
+    let sum = plain.rollout.flops + accounting.work(&alone).rollout.flops;
+    assert!((more.rollout.flops / sum - 1.0).abs() < 1e-12);
+    assert_eq!((more.logprobs, more.update), (plain.logprobs, plain.update));
+}
+
 /// One optimizer update: its summary, the gradients that it used and the weights after it.
 fn update_with(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec<Tensor>, Vec<Tensor>) {
     let recipe = recipe(|r| {
@@ -176,16 +200,7 @@ fn update_with(trainer: impl FnOnce(&mut TrainerSection)) -> (UpdateSummary, Vec
     });
     let (mut reference, mut model) = (model(true), trainable(model(true)));
     let injector = recipe.injector(&model.config.modules()).unwrap();
-    let sequences = sequences();
-    let completions = sequences.into_iter().map(|sequence| {
-        let logprobs = vec![-3.0; sequence.response().len()];
-        Completion { sequence, logprobs, finished: true }
-    });
-    let rollout = Rollout {
-        completions: completions.collect(),
-        advantages: vec![1.0, -1.0, 0.5, -0.5, -2.0, 2.0],
-        ..Rollout::default()
-    };
+    let rollout = experience();
     let mut optimizer = AdamW::new(recipe.optimizer.clone()).unwrap();
     let summary = update(&mut model, Some(&mut reference), &recipe, &injector, &mut optimizer, &mut 0, &rollout);
     assert_eq!(summary.updates, 1);

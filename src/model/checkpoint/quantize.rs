@@ -106,10 +106,6 @@ impl<'a> Quantizer<'a> {
         Ok(quantizer)
     }
 
-    pub fn quantized_count(&self) -> usize {
-        self.quantized.iter().filter(|q| **q).count()
-    }
-
     /// What quantizing tensor `index` would do in each quantizer's format, all of one checkpoint, writing nothing; nothing where
     /// it would be copied. `progress` as in [`TensorSource::fill`].
     pub fn measure(

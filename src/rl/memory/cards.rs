@@ -62,9 +62,15 @@ impl Demand<'_> {
         let gb = |bytes: u64| format!("{:.1} GB", bytes as f64 / 1e9);
         let mut said = Vec::new();
         let standing: u64 = self.standing(false).iter().map(|part| part.bytes).sum();
-        if standing > usable {
-            let text = format!("weights, master weights, gradients and moments alone take {}", gb(standing));
-            return vec![format!("{text}: a smaller model is needed")];
+        let (quantized, frozen) = (self.quantized(), self.lora.is_some());
+        if standing + quantized > usable {
+            let what = if frozen {
+                "weights, adapters with gradients and moments"
+            } else {
+                "weights, master weights, gradients and moments"
+            };
+            let also = if quantized > 0 { ", and weights as they are quantized," } else { "" };
+            return vec![format!("{what}{also} alone take {}: a smaller model is needed", gb(standing + quantized))];
         }
         let too_large = |name: &str| estimate.phases.iter().find(|p| p.phase == name && p.bytes > usable);
         if let Some(rollout) = too_large("rollout") {
@@ -76,6 +82,14 @@ impl Demand<'_> {
                 }
             };
             said.push(format!("rollout takes {}, {} of it KV cache: {help}", gb(rollout.bytes), gb(cache)));
+        }
+        if let Some(validation) = too_large("validation") {
+            let fits = |rows: u64| Demand { validation_sequences: rows, ..self.clone() }.validation().bytes <= usable;
+            let help = match largest(1, self.validation_sequences, fits) {
+                Some(rows) => format!("trainer.val_batch_size: {rows}"),
+                None => format!("shorter sequences{}", self.without_reference()),
+            };
+            said.push(format!("validation takes {}: {help}", gb(validation.bytes)));
         }
         for phase in ["logprobs", "update"].into_iter().filter_map(too_large) {
             let keeps = phase.phase == "update" && !self.gradient_checkpointing;

@@ -21,6 +21,7 @@ fn e5c<'a>(shapes: &'a Qwen2Config, plan: &'a InjectionPlan) -> Demand<'a> {
         sequences: 640,
         group_size: 5,
         max_sequences: None,
+        validation_sequences: 64,
         cache_step: 1,
         prompt_tokens: 1024,
         response_tokens: 1024,
@@ -144,6 +145,12 @@ fn the_biggest_microbatch_is_the_last_that_fits() {
     let rollout = |rows| Demand { max_sequences: Some(rows), ..demand.clone() }.estimate().phases[0].bytes;
     assert!(rollout(rows) <= card.usable_bytes && rollout(rows + 1) > card.usable_bytes, "{card:?}");
     assert!(!card.fits && card.remedies[0].contains(&format!("rollout.max_sequences: {rows}")), "{card:?}");
+    let validated = Demand { max_sequences: Some(rows), validation_sequences: 640, ..demand.clone() };
+    let card = validated.on_card("40 GB", 40 << 30);
+    let most = |rows| Demand { validation_sequences: rows, ..demand.clone() }.validation().bytes;
+    let said = card.remedies.iter().find_map(|line| line.rsplit_once("trainer.val_batch_size: ")?.1.parse().ok());
+    let rows: u64 = said.unwrap_or_default();
+    assert!(!card.fits && most(rows) <= card.usable_bytes && most(rows + 1) > card.usable_bytes, "{card:?}");
 }
 
 #[test]
