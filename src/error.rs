@@ -48,6 +48,8 @@ impl Error {
                 Error::Input(format!("{}: a file stands where a directory is expected", path.display()))
             }
             ErrorKind::IsADirectory => Error::Input(format!("{}: found a directory, expected a file", path.display())),
+            // What reading a text says of bytes that are none.
+            ErrorKind::InvalidData => Error::Input(format!("{}: found bytes that are not UTF-8", path.display())),
             _ => Error::Io { path, source },
         }
     }

@@ -3,6 +3,9 @@
 //! Modules are listed in dependency order: a module may use those above it, never those below
 //! (tests/tidy.rs holds this).
 
+// It panics where nobody reads any more; run/console.rs has what does not.
+#![deny(clippy::print_stderr)]
+
 pub mod analysis;
 pub mod bench;
 pub mod cli;

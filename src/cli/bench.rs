@@ -8,6 +8,7 @@ use super::{Global, bench_steps};
 use crate::bench::{Options, Report, Row, choices, kernels};
 use crate::model::checkpoint::atomic_file;
 use crate::ops::cpu::path::Path;
+use crate::run::console::to_stderr;
 use crate::{Error, Result, bail_input, device};
 
 #[derive(clap::Args)]
@@ -60,7 +61,7 @@ fn run_kernels(args: &KernelsArgs, global: &Global) -> Result<()> {
     device::set_threads(args.threads);
     let progress = |group: &str| {
         if !global.quiet {
-            eprintln!("bench: {group}");
+            to_stderr(format_args!("bench: {group}"));
         }
     };
     let options = Options { path, only: args.only.as_deref(), progress: &progress };

@@ -23,7 +23,7 @@ use crate::ops::profile::Recording;
 use crate::rl::recipe::{Recipe, prepare};
 use crate::rl::reward::scorer::Scorer;
 use crate::rl::trainer::{Workload, check_lengths};
-use crate::run::console::{Console, Verbosity};
+use crate::run::console::{Console, Verbosity, to_stderr};
 use crate::run::trace;
 use crate::{Error, Result, bail_input};
 
@@ -77,7 +77,7 @@ pub fn write_trace(file: &Path, command: &str, recording: Recording, global: &Gl
         let ranges = nvtx::library().map_or("NVTX was not found, so there are no ranges".to_string(), |library| {
             format!("NVTX ranges went to {library}")
         });
-        eprintln!("profile: {} (load it in ui.perfetto.dev); {ranges}", file.display());
+        to_stderr(format_args!("profile: {} (load it in ui.perfetto.dev); {ranges}", file.display()));
     }
     Ok(())
 }

@@ -38,6 +38,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+use crate::run::console::to_stderr;
 use crate::{Error, Result};
 
 /// Hardens a language model against the arithmetic it will run on.
@@ -161,7 +162,7 @@ pub fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            to_stderr(format_args!("error: {error}"));
             ExitCode::from(error.exit_code() as u8)
         }
     }
@@ -212,6 +213,6 @@ fn usage_error(usage: &clap::Error) -> ExitCode {
     }
     let text = usage.to_string();
     let lines: Vec<&str> = text.lines().take_while(|line| !line.starts_with("Usage:")).map(str::trim).collect();
-    eprintln!("{}", lines.join(" ").trim());
+    to_stderr(lines.join(" ").trim());
     ExitCode::from(2)
 }

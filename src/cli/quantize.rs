@@ -17,7 +17,7 @@ use crate::model::config::{Qwen2Config, quantization};
 use crate::numerics::format::Format;
 use crate::numerics::packed::PackedKind;
 use crate::numerics::tensor_error::TensorError;
-use crate::run::console::Progress;
+use crate::run::console::{Progress, to_stderr};
 use crate::run::signals::Interrupt;
 use crate::{Error, Result, bail_input};
 
@@ -195,10 +195,10 @@ fn print_report(
     let nonfinite: usize = report.iter().map(|t| t.nonfinite_blocks).sum();
     let copied = quantizer.specs.len() - report.len();
     for tensor in report.iter().filter(|t| t.nonfinite_blocks > 0) {
-        eprintln!(
+        to_stderr(format_args!(
             "warning: tensor {}: {} blocks hold NaN or infinity and became NaN",
             tensor.name, tensor.nonfinite_blocks
-        );
+        ));
     }
     let text = if global.json {
         let value = json!({

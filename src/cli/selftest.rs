@@ -9,6 +9,7 @@ use super::Global;
 use crate::bench::selftest::{Check, GPU, Sizes, run as run_checks};
 use crate::device::{self, Device};
 use crate::ops::cuda::launch::Gpu;
+use crate::run::console::to_stderr;
 use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
@@ -29,7 +30,7 @@ pub fn run(args: &Args, global: &Global) -> Result<()> {
     };
     let progress = |kernel: &str| {
         if !global.quiet {
-            eprintln!("selftest: {kernel}");
+            to_stderr(format_args!("selftest: {kernel}"));
         }
     };
     let sizes = if args.quick { Sizes { large: &[], ..GPU } } else { GPU };

@@ -20,7 +20,7 @@ use crate::remote::snapshot::Snapshot;
 use crate::rl::evaluation::Condition;
 use crate::run::directory::run_path;
 use crate::run::signals::Interrupt;
-use crate::{Error, Result};
+use crate::{Error, Result, bail_input};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -55,15 +55,18 @@ pub struct Args {
 pub fn run(args: &Args, global: &Global) -> Result<()> {
     let jobs = jobs(&args.file, &args.overrides)?;
     if args.dry_run {
-        let mut lines = Vec::new();
+        let mut directories = Vec::new();
         for job in &jobs {
             // A host's paths are the host's.
             if args.host.is_empty() {
                 common::check_inputs(&job.config).map_err(|e| e.at(format!("arm {}", job.arm)))?;
             }
-            lines.push(directory(args, job)?.display().to_string());
+            directories.push(directory(args, job)?.display().to_string());
         }
-        return super::print(lines.join("\n"));
+        return match global.json {
+            true => super::print(json!({ "runs": directories })),
+            false => super::print(directories.join("\n")),
+        };
     }
     let ends = match args.host.is_empty() && args.gpus.is_empty() && args.parallel.is_none() {
         true => one_after_the_other(args, &jobs, global)?,
@@ -114,6 +117,15 @@ fn decide(args: &Args, jobs: &[Job], number: usize, ends: &[Option<End>]) -> Res
 }
 
 fn one_after_the_other(args: &Args, jobs: &[Job], global: &Global) -> Result<Vec<End>> {
+    let threads = |job: &Job| job.config.trainer.threads;
+    if let Some(other) = jobs.iter().find(|job| threads(job) != threads(&jobs[0])) {
+        let (found, expected) = (json!(threads(other)), json!(threads(&jobs[0])));
+        let (arm, first) = (&other.arm, &jobs[0].arm);
+        bail_input!(
+            "arm {arm}: trainer.threads: found {found}, expected {expected} as in arm {first}: a process has one number of \
+             threads; --parallel 1 gives every run a process"
+        );
+    }
     let (interrupt, console) = (Interrupt::install()?, common::console(global));
     let mut ends: Vec<Option<End>> = vec![None; jobs.len()];
     for (number, job) in jobs.iter().enumerate() {

@@ -6,8 +6,8 @@
 
 use serde_yaml::{Mapping, Number, Value};
 
+use super::Config;
 use super::source::Merged;
-use super::{Config, later};
 use crate::error::one_line;
 use crate::inject::section::LayerSigmaConfig;
 use crate::model::section::LoraSection;
@@ -74,8 +74,10 @@ fn check_map(prefix: &str, tree: Mapping, known: &Mapping, label: &str) -> Resul
         let name = text(&key);
         let path = join(prefix, &name);
         let Some(default) = known.get(Value::String(name.clone())).filter(|_| key.is_string()) else {
-            if let Some(message) = later::key(&path) {
-                bail_input!("{label}: {path}: {message}");
+            if path == "sweep" {
+                bail_input!(
+                    "{label}: {path}: not a key of a configuration: a sweep is a file of its own, for `temper sweep`"
+                );
             }
             bail_input!("{label}: {path}: unknown key; nearest known key: {}", nearest(prefix, &name));
         };

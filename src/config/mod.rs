@@ -21,7 +21,6 @@ use crate::{Error, Result, bail_input};
 pub mod explain;
 mod hash;
 mod keys;
-mod later;
 pub mod schema;
 mod source;
 pub mod sweep;

@@ -117,7 +117,7 @@ fn lora(config: &Config) -> Checked {
 }
 
 fn data(data: &DataSection) -> Checked {
-    at_least_1("data.prompts_per_step", data.prompts_per_step as u64)?;
+    in_range("data.prompts_per_step", data.prompts_per_step as u64, MAX_QUESTIONS as u64)?;
     at_least_1("data.max_prompt_tokens", data.max_prompt_tokens as u64)?;
     at_least_1("data.max_response_tokens", data.max_response_tokens as u64)?;
     at_least_1("data.train_limit", data.train_limit.unwrap_or(1) as u64)?;
@@ -227,8 +227,12 @@ fn in_range(key: &str, found: u64, most: u64) -> Checked {
     }
 }
 
+/// And no more than anybody could mean, so that products of sizes have room.
 fn at_least_1(key: &str, found: u64) -> Checked {
-    if found >= 1 { Ok(()) } else { Err(Violation::new(key, format!("found {found}, expected 1 or more"))) }
+    match found {
+        0 => Err(Violation::new(key, format!("found {found}, expected 1 or more"))),
+        found => in_range(key, found, 1 << 32),
+    }
 }
 
 fn real(key: impl Into<String>, found: f64, good: bool, expected: &str) -> Checked {

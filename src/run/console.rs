@@ -124,7 +124,7 @@ impl Console {
         if let Some(e) = failed {
             // console.log is a copy for people: losing it must not stop the run, but it is said once.
             *log = None;
-            to_stderr(&format!("warning: console.log: {e}; no further lines are kept"));
+            to_stderr(format_args!("warning: console.log: {e}; no further lines are kept"));
         }
     }
 
@@ -134,7 +134,7 @@ impl Console {
 }
 
 /// A closed stderr (a pager that quit) is no reason to stop a run, so `eprintln!`, which panics then, is not used.
-fn to_stderr(text: &str) {
+pub fn to_stderr(text: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr().lock(), "{text}");
 }
 

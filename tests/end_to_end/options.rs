@@ -156,6 +156,22 @@ fn the_learning_rate_follows_its_schedule_and_a_resume_goes_on() {
     assert!((last - expected).abs() < 1e-12, "{last}");
 }
 
+/// What the rollout may choose from; log-probs stay those of the whole distribution, so the first ratios are 1.
+#[test]
+fn a_rollout_may_be_filtered() {
+    let dir = tempfile::tempdir().unwrap();
+    let sets = ["rollout.top_p=0.5", "rollout.top_k=3"];
+    let (plain, filtered) = (train(dir.path(), "plain", &[]), train(dir.path(), "filtered", &sets));
+    let gap = |run: &Run| column(&run.train, "logprob_gap/mean_abs");
+    assert!(gap(&filtered).iter().all(|gap| *gap < 1e-4), "{:?}", gap(&filtered));
+    let distinct = |run: &Run| {
+        let responses = run.samples.iter().map(|row| row["response"].to_string());
+        responses.collect::<std::collections::HashSet<String>>().len()
+    };
+    assert!(distinct(&filtered) < distinct(&plain), "{} of {}", distinct(&filtered), distinct(&plain));
+    killed_and_resumed(dir.path(), "filtered", &sets, &filtered);
+}
+
 /// The same run killed after step 3 and continued is the same, byte for byte.
 fn killed_and_resumed(dir: &Path, name: &str, sets: &[&str], whole: &Run) {
     let out = dir.join(format!("{name}-killed"));
@@ -251,7 +267,12 @@ fn dynamic_sampling_ends_where_nothing_teaches() {
 #[test]
 fn long_responses_are_penalized() {
     let dir = tempfile::tempdir().unwrap();
-    let run = train(dir.path(), "overlong", &["reward.overlong={buffer_tokens: 24, factor: 0.5}"]);
+    let sets = [
+        "reward.overlong={buffer_tokens: 24, factor: 0.5}",
+        // Nothing that stops it: a penalty is a number below 0, not a share.
+        "trainer.stop_rules=[{metric: reward/overlong, below: -0.6}, {metric: reward/mean, below: -1.5}]",
+    ];
+    let run = train(dir.path(), "overlong", &sets);
     let (mut lost, mut seen) = (0.0, 0);
     for row in run.samples.iter().filter(|row| row["step"] == 1) {
         let penalty = row["reward"].as_f64().unwrap() - row["reward_numeric"].as_f64().unwrap();

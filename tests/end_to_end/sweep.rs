@@ -57,6 +57,10 @@ fn mistakes_name_the_file_and_the_arm() {
         ("name: x\nbase: small.yaml\narms: {}\nseeds: [0]\n", ["0 arms", "expected"]),
         ("name: x\nbase: small.yaml\narms: {a: {}}\nseeds: [0, 0]\n", ["seeds", "twice"]),
         ("name: x\nbase: none.yaml\narms: {a: {}}\nseeds: [0]\n", ["none.yaml", "arm a"]),
+        (
+            "name: x\nbase: small.yaml\narms: {a: {trainer.threads: 1}, b: {trainer.threads: 2}}\nseeds: [0]\n",
+            ["arm b: trainer.threads: found 2, expected 1 as in arm a", "--parallel 1"],
+        ),
         ("name: x\nbases: none.yaml\narms: {a: {}}\nseeds: [0]\n", ["sweep.yaml", "bases"]),
     ] {
         std::fs::write(&file, text).unwrap();
@@ -65,6 +69,19 @@ fn mistakes_name_the_file_and_the_arm() {
         assert_eq!((output.status.code(), line.lines().count()), (Some(2), 1), "{line}");
         assert!(parts.iter().all(|part| line.contains(part)), "{text}: {line}");
     }
+}
+
+#[test]
+fn a_dry_run_lists_directories() {
+    let dir = tempfile::tempdir().unwrap();
+    config(dir.path(), "small", "");
+    let file = dir.path().join("sweep.yaml");
+    std::fs::write(&file, "name: x\nbase: small.yaml\narms: {a: {}, b: {optimizer.lr: 1e-5}}\nseeds: [0]\n").unwrap();
+    let args = ["sweep", file.to_str().unwrap(), "--dry-run"];
+    let listed: Value = serde_json::from_str(&succeed(&[&args[..], &["--json"]].concat())).unwrap();
+    let listed: Vec<&str> = listed["runs"].as_array().unwrap().iter().map(|run| run.as_str().unwrap()).collect();
+    assert!(listed.len() == 2 && listed[1].starts_with("runs/x-b-"), "{listed:?}");
+    assert_eq!(succeed(&args).trim(), listed.join("\n"));
 }
 
 /// The shipped definition resolves, and its layer files are a scan's.

@@ -35,18 +35,6 @@ pub(super) fn rollout(rollout: &RolloutSection) -> Checked {
         "a number above 0 (greedy decoding gives a group of equal responses)",
     )?;
     real("rollout.top_p", rollout.top_p, rollout.top_p > 0.0 && rollout.top_p <= 1.0, "a number in (0, 1]")?;
-    if rollout.top_p < 1.0 {
-        return Err(Violation::new(
-            "rollout.top_p",
-            format!("found {}: top-p sampling is not available yet; 1.0 is", rollout.top_p),
-        ));
-    }
-    if rollout.top_k != 0 {
-        return Err(Violation::new(
-            "rollout.top_k",
-            format!("found {}: top-k sampling is not available yet; 0 (no limit) is", rollout.top_k),
-        ));
-    }
     Ok(())
 }
 
@@ -190,10 +178,15 @@ pub(super) fn metrics(config: &Config) -> Checked {
             ));
         };
         real(key(side.name()), bound, true, "a number")?;
-        if rule.metric.starts_with("val/acc")
+        let reward = &config.reward;
+        let is_plain = reward.sum.is_empty() && !reward.has_command() && reward.overlong.is_none();
+        let is_share = rule.metric.starts_with("val/acc")
             || rule.metric.contains("ratio/clipped")
-            || rule.metric.starts_with("reward/")
-        {
+            || ["strict", "numeric", "zero_std_groups", "unscorable"]
+                .iter()
+                .any(|of| rule.metric == format!("reward/{of}"))
+            || rule.metric == "reward/mean" && is_plain;
+        if is_share {
             real(key(side.name()), bound, (0.0..=1.0).contains(&bound), "a share in [0, 1] (60 % is 0.6)")?;
         }
         at_least_1(&key("patience"), rule.patience)?;
