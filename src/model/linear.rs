@@ -10,7 +10,6 @@ use super::lora::Adapter;
 use super::parameter::Parameter;
 use super::pass::Pass;
 use crate::numerics::noise_key::Phase;
-use crate::ops::cuda::launch::Gpu;
 use crate::ops::cuda::matmul::PackedWeight;
 use crate::ops::noisy_linear::{self, NoisyLinearCall, Part, Weight, has_few_rows, noisy_linear};
 use crate::ops::token_logprobs::{TokenLogprobs, token_logprobs};
@@ -155,7 +154,7 @@ impl Linear {
             return as_many(all().map(|(linear, input)| linear.forward_shared(input, pass)).collect::<Result<_>>()?);
         }
         let parts = all().map(|(linear, input)| linear.part(input, pass)).collect::<Result<Vec<Part>>>()?;
-        let products = noisy_linear::forward_together(&Gpu::of("linear: x", inputs[0].x())?, &parts)?;
+        let products = noisy_linear::forward_together(&parts)?;
         let adapters: Option<Vec<&Adapter>> = linears.iter().map(|linear| linear.active_adapter(pass)).collect();
         let outputs: Result<Vec<Tensor>> = match adapters {
             Some(adapters) => {
@@ -181,8 +180,7 @@ impl Linear {
         match &part.weight {
             Weight::Dense(weight) => noisy_linear(&part.x, weight, part.bias, self.weight.anchor(), &part.call),
             Weight::Packed(_) => {
-                let mut y =
-                    noisy_linear::forward_together(&Gpu::of("packed linear: x", &part.x)?, std::slice::from_ref(part))?;
+                let mut y = noisy_linear::forward_together(std::slice::from_ref(part))?;
                 y.pop().ok_or_else(|| Error::Runtime("packed linear: no product".into()))
             }
         }

@@ -3,7 +3,7 @@
 //! q/k/v and gate/up of a layer share one nvfp4 tensor amax, as deployment stores them fused, so that what was trained is
 //! what is exported. Stochastic rounding draws anew for every optimizer update.
 
-use tch::{Device, Kind};
+use tch::Kind;
 
 use super::linear::Site;
 use super::qwen2::{Module, Qwen2};
@@ -12,8 +12,9 @@ use crate::inject::injector::Injector;
 use crate::numerics::format::Format;
 use crate::numerics::noise_key::Phase;
 use crate::ops::cuda::fake_quant::{Matrix, MatrixScale};
-use crate::ops::cuda::launch::{Executor, Gpu};
+use crate::ops::cuda::launch::Executor;
 use crate::ops::cuda::matmul::{PACKED_K, PackedWeight};
+use crate::ops::cuda::place::Place;
 use crate::ops::fake_quant::{Weight, fake_quant_weights};
 
 /// Quantizes every planned weight that has no quantized copy yet.
@@ -50,8 +51,8 @@ pub fn quantize_weights(model: &Qwen2, injector: &Injector) -> Result<()> {
             }
             site.set_quantized(quantized);
         }
-        if let (Device::Cuda(index), Kind::BFloat16) = (model.device(), model.kind()) {
-            pack(&Gpu::number(index), format, &sites, &weights)?;
+        if let (Some(place), Kind::BFloat16) = (Place::of(model.head_weight().value()), model.kind()) {
+            pack(&place, format, &sites, &weights)?;
         }
     }
     Ok(())

@@ -4,10 +4,10 @@
 //! heads, dim]; keys, values [rows, kv_heads, capacity, dim]; lengths i64 [rows]; out [rows, heads * dim]; f32, bf16 or f16. No
 //! gradient. On CUDA no launch depends on lengths, only on `longest`, an upper bound that the host knows: a graph may hold it.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::cuda::decode_attention as cuda;
-use super::cuda::launch::Gpu;
+use super::cuda::place::Place;
 use crate::Result;
 
 /// # Errors
@@ -20,17 +20,13 @@ pub fn decode_attention(
     longest: i64,
     scale: f64,
 ) -> Result<Tensor> {
-    match q.device() {
-        Device::Cpu => definition(q, keys, values, lengths, longest, scale),
-        _ if !cuda::is_supported(q.size().last().copied().unwrap_or(0)) => {
-            definition(q, keys, values, lengths, longest, scale)
-        }
-        _ => {
-            let gpu = Gpu::of("decode_attention: q", q)?;
+    match Place::of(q) {
+        Some(place) if cuda::is_supported(q.size().last().copied().unwrap_or(0)) => {
             let q = q.f_contiguous()?;
             let heads = cuda::Heads { q: &q, keys, values, lengths, longest, scale: scale as f32 };
-            cuda::decode_attention(&gpu, &heads)
+            cuda::decode_attention(&place, &heads)
         }
+        _ => definition(q, keys, values, lengths, longest, scale),
     }
 }
 

@@ -11,7 +11,7 @@ use tch::{Device, Kind, Tensor};
 use super::cpu::fake_quant::{Task, error_sums as cpu_error_sums, tensor_amax};
 use super::cpu::tensor::{bf16_slice, bf16_slice_mut, f16_slice, f16_slice_mut, f32_slice, f32_slice_mut};
 use super::cuda::fake_quant::{self as on_device, Matrix, MatrixScale, Wanted};
-use super::cuda::launch::Gpu;
+use super::cuda::place::Place;
 use super::matmul_error::RowKeys;
 use crate::numerics::block_format::{RoundingDraw, TensorScale};
 use crate::numerics::format::Format;
@@ -33,11 +33,9 @@ pub struct StochasticDraw {
 /// `Runtime` for another dtype, a stochastic format without a draw (or with other than one key per row) and 2-D tiles
 /// with a tensor scale per row.
 pub fn fake_quant(x: &Tensor, format: Format, scale: TensorScale, draw: Option<&StochasticDraw>) -> Result<Tensor> {
-    if x.device() == Device::Cpu {
-        return Ok(on_cpu(x, format, scale, draw, false)?.0);
-    }
+    let Some(place) = Place::of(x) else { return Ok(on_cpu(x, format, scale, draw, false)?.0) };
     let matrix = Matrix { x, scale: MatrixScale::Own(scale), draw };
-    let made = on_device::quantize(&Gpu::of("fake_quant: x", x)?, format, &[matrix], DEQUANTIZED)?;
+    let made = on_device::quantize(&place, format, &[matrix], DEQUANTIZED)?;
     made.matrices.into_iter().find_map(|matrix| matrix.dequantized).ok_or_else(nothing_made)
 }
 
@@ -51,12 +49,10 @@ pub fn fake_quant_with_errors(
     scale: TensorScale,
     draw: Option<&StochasticDraw>,
 ) -> Result<(Tensor, TensorErrorSums)> {
-    if x.device() == Device::Cpu {
-        return on_cpu(x, format, scale, draw, true);
-    }
+    let Some(place) = Place::of(x) else { return on_cpu(x, format, scale, draw, true) };
     let matrix = Matrix { x, scale: MatrixScale::Own(scale), draw };
     let wanted = Wanted { error_sums: true, ..DEQUANTIZED };
-    let made = on_device::quantize(&Gpu::of("fake_quant: x", x)?, format, &[matrix], wanted)?;
+    let made = on_device::quantize(&place, format, &[matrix], wanted)?;
     let sums = made.error_sums()?.into_iter().next().ok_or_else(nothing_made)?;
     let dequantized = made.matrices.into_iter().find_map(|matrix| matrix.dequantized);
     Ok((dequantized.ok_or_else(nothing_made)?, sums))
@@ -80,16 +76,14 @@ pub fn fake_quant_weights(
     with_errors: bool,
 ) -> Result<Vec<(Tensor, Option<TensorErrorSums>)>> {
     let Some(first) = weights.first() else { return Ok(Vec::new()) };
-    if first.x.device() == Device::Cpu {
-        return weights_on_cpu(weights, format, with_errors);
-    }
+    let Some(place) = Place::of(first.x) else { return weights_on_cpu(weights, format, with_errors) };
     let matrices = weights.iter().map(|weight| {
         let Weight { x, scale_group, draw } = weight;
         Matrix { x, scale: MatrixScale::Group(*scale_group), draw: draw.as_ref() }
     });
     let matrices: Vec<Matrix> = matrices.collect();
     let wanted = Wanted { error_sums: with_errors, ..DEQUANTIZED };
-    let made = on_device::quantize(&Gpu::of("fake_quant: x", first.x)?, format, &matrices, wanted)?;
+    let made = on_device::quantize(&place, format, &matrices, wanted)?;
     let mut sums = made.error_sums()?.into_iter();
     let result = made.matrices.into_iter().map(|m| Ok((m.dequantized.ok_or_else(nothing_made)?, sums.next())));
     result.collect()
@@ -155,8 +149,8 @@ fn on_cpu(
 /// The tensor amax A of x: over blocks without NaN or infinity.
 pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
     let (_, cols) = x.size2()?;
-    if x.device() != Device::Cpu {
-        let found = on_device::amax(&Gpu::of("amax: x", x)?, &x.f_contiguous()?, format)?;
+    if let Some(place) = Place::of(x) {
+        let found = on_device::amax(&place, &x.f_contiguous()?, format)?;
         return Ok(f64::try_from(found)? as f32);
     }
     let (host, cols) = (x.f_contiguous()?, cols as usize);

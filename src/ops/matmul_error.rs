@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 use tch::{Device, Kind, Tensor};
 
 use super::cpu;
-use super::cuda::launch::Gpu;
 use super::cuda::noise::{self, Destination, Law, Noisy};
+use super::cuda::place::Place;
 use crate::numerics::error_law::{ErrorLaw, NoiseSums};
 use crate::{Error, Result};
 
@@ -200,8 +200,8 @@ pub fn accumulate_product(
     into: &mut Tensor,
 ) -> Result<()> {
     let (rows, _) = y.size2()?;
-    if y.device() != Device::Cpu {
-        return add_on_device(&y, Destination::Add(into), None, draw, keys, sink);
+    if let Some(place) = Place::of(&y) {
+        return add_on_device(&place, &y, Destination::Add(into), None, draw, keys, sink);
     }
     if rows as usize != keys.len() {
         return Err(Error::Runtime(format!("{} row keys for {rows} rows", keys.len())));
@@ -242,12 +242,12 @@ pub fn finish_product(
     if rows as usize != keys.len() {
         return Err(Error::Runtime(format!("{} token keys for {rows} rows", keys.len())));
     }
-    if y.device() != Device::Cpu {
+    if let Some(place) = Place::of(&y) {
         let out = match out_kind {
             Kind::Float => y.shallow_clone(),
             _ => Tensor::f_empty([rows, cols], (out_kind, y.device()))?,
         };
-        add_on_device(&y, Destination::Store(&out), bias, draw, keys, sink)?;
+        add_on_device(&place, &y, Destination::Store(&out), bias, draw, keys, sink)?;
         return Ok(out);
     }
     let bias = bias.map(cpu::tensor::f32_slice).transpose()?;
@@ -283,6 +283,7 @@ pub fn finish_product(
 }
 
 fn add_on_device(
+    place: &Place,
     y: &Tensor,
     into: Destination,
     bias: Option<&Tensor>,
@@ -293,7 +294,7 @@ fn add_on_device(
     let sums = sink.map(|sink| sink.device_sums(y.device())).transpose()?;
     let law = Law { law: draw.law, seed: draw.seed, sums: sums.as_ref() };
     let noisy = Noisy { y, into, bias, keys, scale: draw.scale, stream: draw.stream };
-    noise::add_noise(&Gpu::of("matmul error: y", y)?, &law, &[noisy])
+    noise::add_noise(place, &law, &[noisy])
 }
 
 #[cfg(test)]

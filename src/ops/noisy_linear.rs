@@ -12,9 +12,10 @@ use std::rc::Rc;
 use tch::{Device, Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::cuda::launch::{Executor, Gpu};
+use super::cuda::launch::Executor;
 use super::cuda::matmul::{Layout, PackedWeight, Product, matmul, matmul_together};
 use super::cuda::noise::Destination;
+use super::cuda::place::Place;
 use super::matmul_error::{ErrorDraw, RowKeys, SumsSink, accumulate_rows, finish_product};
 use crate::numerics::error_law::NoiseSums;
 use crate::{Error, Result};
@@ -70,7 +71,7 @@ const FEW_ROWS: i64 = 128;
 
 /// Whether a forward product of x [tokens, in] has a kernel of ours for few rows, and as few.
 pub fn has_few_rows(x: &Tensor) -> bool {
-    x.device() != Device::Cpu && x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS
+    Place::of(x).is_some() && x.kind() == Kind::BFloat16 && x.size()[0] <= FEW_ROWS
 }
 
 /// Where the error of a product is added up on the device; None: it has none, or nobody asks.
@@ -88,19 +89,16 @@ fn own_product(
     (draw, sink): (&Option<ErrorDraw>, Option<&SumsSink>),
     keys: &RowKeys,
 ) -> Result<bool> {
-    if a.device() == Device::Cpu {
-        return Ok(false);
-    }
+    let Some(place) = Place::of(a) else { return Ok(false) };
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
-    let gpu = Gpu::of("noisy_linear: x", &a)?;
     let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: draw.as_ref(), keys, sums: None };
     let is_whole = matches!(into, Destination::Store(out) if out.kind() == Kind::Float);
     let is_short = layout == Layout::Nt && has_few_rows(&a);
-    if draw.is_none() && (is_whole || !is_short && !product.is_for_hopper(&gpu)?) {
+    if draw.is_none() && (is_whole || !is_short && !product.is_for_hopper(&place)?) {
         return Ok(false);
     }
-    let sums = device_sums(&gpu, draw, sink)?;
-    matmul(&gpu, &Product { sums: sums.as_ref(), ..product })?;
+    let sums = device_sums(&place, draw, sink)?;
+    matmul(&place, &Product { sums: sums.as_ref(), ..product })?;
     Ok(true)
 }
 
@@ -114,7 +112,7 @@ pub fn forward(
     out_kind: Kind,
 ) -> Result<Tensor> {
     let sink = call.forward.sink.as_ref().filter(|_| record);
-    if x.device() != Device::Cpu {
+    if Place::of(x).is_some() {
         let out = Tensor::f_empty([x.size()[0], weight.size()[0]], (out_kind, x.device()))?;
         let (into, error) = (Destination::Store(&out), (&call.forward.draw, sink));
         if own_product(Layout::Nt, (x, weight), into, bias, error, &call.keys)? {
@@ -152,11 +150,12 @@ pub struct Part<'a> {
 ///
 /// # Errors
 /// As `ops::cuda::matmul::matmul`.
-pub fn forward_together(executor: &dyn Executor, parts: &[Part]) -> Result<Vec<Tensor>> {
+pub fn forward_together(parts: &[Part]) -> Result<Vec<Tensor>> {
+    let missing = || Error::Runtime("noisy_linear: several products at once are a GPU's".into());
+    let place = parts.first().and_then(|part| Place::of(&part.x)).ok_or_else(missing)?;
     let xs = parts.iter().map(|part| Ok(part.x.f_contiguous()?)).collect::<Result<Vec<Tensor>>>()?;
     let errors = parts.iter().map(|part| &part.call.forward);
-    let sums =
-        errors.map(|error| device_sums(executor, &error.draw, error.sink.as_ref())).collect::<Result<Vec<_>>>()?;
+    let sums = errors.map(|error| device_sums(&place, &error.draw, error.sink.as_ref())).collect::<Result<Vec<_>>>()?;
     let out = xs
         .iter()
         .zip(parts)
@@ -179,14 +178,14 @@ pub fn forward_together(executor: &dyn Executor, parts: &[Part]) -> Result<Vec<T
             sums: sums[i].as_ref(),
         }
     });
-    matmul_together(executor, &products.collect::<Vec<_>>())?;
+    matmul_together(&place, &products.collect::<Vec<_>>())?;
     Ok(out)
 }
 
 /// dX = law(dY W) in the dtype of `weight`. No gradient.
 pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Result<Tensor> {
     let error = &call.dx;
-    if dy.device() != Device::Cpu {
+    if Place::of(dy).is_some() {
         let out = Tensor::f_empty([dy.size()[0], weight.size()[1]], (weight.kind(), dy.device()))?;
         let (into, error) = (Destination::Store(&out), (&error.draw, error.sink.as_ref()));
         if own_product(Layout::Nn, (dy, weight), into, None, error, &call.keys)? {
@@ -199,7 +198,7 @@ pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Resu
 
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
-    if dy.device() != Device::Cpu {
+    if Place::of(dy).is_some() {
         let (error, keys) = match &call.dw {
             Some(WeightGradientError { error, keys }) => ((&error.draw, error.sink.as_ref()), keys),
             None => ((&None, None), &call.keys),

@@ -2,11 +2,11 @@
 //!
 //! z is keyed by (seed, stream, row key, column). `w` itself is never changed.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::cpu;
-use super::cuda::launch::Gpu;
 use super::cuda::noise::{self, Destination, Law, Noisy};
+use super::cuda::place::Place;
 use super::matmul_error::RowKeys;
 use crate::numerics::error_law::ErrorLaw;
 use crate::{Error, Result};
@@ -34,26 +34,25 @@ pub struct Perturbed {
 /// # Errors
 /// `Runtime` where the number of row keys is not that of rows, or for another dtype.
 pub fn perturb(weights: &[Perturbation], seed: u64) -> Result<Vec<Perturbed>> {
-    match weights.first() {
-        Some(first) if first.weight.device() != Device::Cpu => {
-            let gpu = Gpu::of("perturb: w", &first.weight)?;
+    match weights.first().and_then(|first| Place::of(&first.weight)) {
+        Some(place) => {
             // A launch takes one dtype.
             let of_kind = |kind: Kind| weights.iter().enumerate().filter(move |(_, w)| w.weight.kind() == kind);
             let mut perturbed: Vec<Option<Perturbed>> = weights.iter().map(|_| None).collect();
             for kind in [Kind::Float, Kind::BFloat16, Kind::Half] {
                 let (places, weights): (Vec<usize>, Vec<&Perturbation>) = of_kind(kind).unzip();
-                for (place, made) in places.into_iter().zip(on_device(&gpu, &weights, seed)?) {
+                for (place, made) in places.into_iter().zip(on_device(&place, &weights, seed)?) {
                     perturbed[place] = Some(made);
                 }
             }
             let missing = || Error::Runtime("perturb: w: expected f32, bf16 or f16".into());
             perturbed.into_iter().map(|made| made.ok_or_else(missing)).collect()
         }
-        _ => weights.iter().map(|weight| on_cpu(weight, seed)).collect(),
+        None => weights.iter().map(|weight| on_cpu(weight, seed)).collect(),
     }
 }
 
-fn on_device(gpu: &Gpu, weights: &[&Perturbation], seed: u64) -> Result<Vec<Perturbed>> {
+fn on_device(place: &Place, weights: &[&Perturbation], seed: u64) -> Result<Vec<Perturbed>> {
     let Some(first) = weights.first() else { return Ok(Vec::new()) };
     let sums = noise::new_sums(weights.len() as i64, first.weight.device())?;
     let out = weights.iter().map(|w| Ok(w.weight.f_empty_like()?)).collect::<Result<Vec<Tensor>>>()?;
@@ -65,7 +64,7 @@ fn on_device(gpu: &Gpu, weights: &[&Perturbation], seed: u64) -> Result<Vec<Pert
         Noisy { y, into, bias: None, keys: &w.keys, scale: w.scale, stream: w.stream }
     });
     let matrices: Vec<Noisy> = noisy.collect();
-    noise::add_noise(gpu, &Law { law: ErrorLaw::AbsoluteGaussian, seed, sums: Some(&sums) }, &matrices)?;
+    noise::add_noise(place, &Law { law: ErrorLaw::AbsoluteGaussian, seed, sums: Some(&sums) }, &matrices)?;
     let read = noise::read_sums(&sums)?;
     let perturbed = out.into_iter().zip(read).map(|(weight, [sum, sum_sq, _, _, elements])| Perturbed {
         weight,

@@ -6,10 +6,11 @@
 //! Shapes: x, delta, s, y [tokens, hidden] f32, bf16 or f16; w f32 [hidden], clean or with AQN. A second computation is the
 //! first to the bit, gradients too.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::cuda::launch::{Executor, Gpu};
+use super::cuda::launch::Executor;
+use super::cuda::place::Place;
 use super::cuda::rms_norm as cuda;
 use crate::Result;
 
@@ -31,10 +32,11 @@ pub fn rms_norm(
     clean: Option<&Tensor>,
     eps: f64,
 ) -> Result<Normed> {
-    match x.device() {
-        Device::Cpu => definition(x, delta, weight, clean, eps),
-        _ if !cuda::is_supported(x.size().last().copied().unwrap_or(0)) => definition(x, delta, weight, clean, eps),
-        _ => on_device(Gpu::of("rms_norm: x", x)?, x, delta, weight, clean, eps),
+    match Place::of(x) {
+        Some(place) if cuda::is_supported(x.size().last().copied().unwrap_or(0)) => {
+            on_device(place, x, delta, weight, clean, eps)
+        }
+        _ => definition(x, delta, weight, clean, eps),
     }
 }
 

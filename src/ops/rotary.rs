@@ -4,10 +4,11 @@
 //! dim], k [tokens, kv_heads, dim] f32, bf16 or f16; cos and sin f32 [tokens, 1, dim], without gradient. A decode step's keys go
 //! into the cache in the same launch, its values with them.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::autograd::{Backward, attach};
-use super::cuda::launch::{Executor, Gpu};
+use super::cuda::launch::Executor;
+use super::cuda::place::Place;
 pub use super::cuda::rotary::Append;
 use super::cuda::rotary::{Rotation, rotate, rotate_and_append};
 use crate::Result;
@@ -17,9 +18,9 @@ use crate::Result;
 /// # Errors
 /// `Runtime` for shapes and dtypes that do not fit.
 pub fn rotary(q: &Tensor, k: &Tensor, cos: &Tensor, sin: &Tensor) -> Result<(Tensor, Tensor)> {
-    match q.device() {
-        Device::Cpu => Ok((definition(q, cos, sin)?, definition(k, cos, sin)?)),
-        _ => on_device(Gpu::of("rotary: q", q)?, q, k, cos, sin),
+    match Place::of(q) {
+        None => Ok((definition(q, cos, sin)?, definition(k, cos, sin)?)),
+        Some(place) => on_device(place, q, k, cos, sin),
     }
 }
 
@@ -50,16 +51,16 @@ pub fn on_device<E: Executor + Copy + Send + 'static>(
 /// # Errors
 /// As [`rotary`]; on a CPU for a position past the capacity too.
 pub fn rotary_and_append(q: &Tensor, k: &Tensor, cos: &Tensor, sin: &Tensor, append: &Append) -> Result<Tensor> {
-    if q.device() == Device::Cpu {
-        let rows = Tensor::f_arange(k.size()[0], (Kind::Int64, Device::Cpu))?;
+    let Some(place) = Place::of(q) else {
+        let rows = Tensor::f_arange(k.size()[0], (Kind::Int64, q.device()))?;
         let index = [Some(&rows), None, Some(append.positions)];
         let _ = append.keys.shallow_clone().f_index_put_(&index, &definition(k, cos, sin)?, false)?;
         let _ = append.values.shallow_clone().f_index_put_(&index, append.v, false)?;
         return definition(q, cos, sin);
-    }
+    };
     let (q, k, v) = (q.f_contiguous()?, k.f_contiguous()?, append.v.f_contiguous()?);
     let rotation = Rotation { q: &q, k: &k, cos, sin, is_back: false };
-    rotate_and_append(&Gpu::of("rotary: q", &q)?, &rotation, &Append { v: &v, ..*append })
+    rotate_and_append(&place, &rotation, &Append { v: &v, ..*append })
 }
 
 /// The same of x, q or k, as a chain of torch's operations.

@@ -4,9 +4,9 @@
 //! u times the total of what top_k and top_p leave, u keyed by (seed, stream, key of the row). Shapes: logits f32 [rows, vocab],
 //! keys i64 [rows] (the bits of token keys); ids i64 [rows], log-probabilities f32 [rows]. On CUDA nothing waits for the device.
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
-use super::cuda::launch::Gpu;
+use super::cuda::place::Place;
 use super::cuda::sampling as cuda;
 use crate::Result;
 use crate::numerics::generator::uniform_f32;
@@ -35,12 +35,10 @@ impl SamplingRule {
 /// `Runtime` for shapes and dtypes that do not fit.
 pub fn sample(logits: &Tensor, keys: &Tensor, rule: &SamplingRule) -> Result<(Tensor, Tensor)> {
     let (_, vocab) = logits.size2()?;
-    match logits.device() {
-        Device::Cpu => definition(logits, &host_uniforms(keys, rule)?, rule),
-        _ if rule.is_unfiltered(vocab) => {
-            cuda::sample(&Gpu::of("sample: logits", logits)?, &logits.f_contiguous()?, keys, rule)
-        }
-        _ => definition(logits, &cuda::uniforms(&Gpu::of("sample: keys", keys)?, keys, rule)?, rule),
+    match Place::of(logits) {
+        None => definition(logits, &host_uniforms(keys, rule)?, rule),
+        Some(place) if rule.is_unfiltered(vocab) => cuda::sample(&place, &logits.f_contiguous()?, keys, rule),
+        Some(place) => definition(logits, &cuda::uniforms(&place, keys, rule)?, rule),
     }
 }
 

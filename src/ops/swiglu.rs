@@ -3,10 +3,11 @@
 //! dup = round(dy * h), dgate = round(round(dy * up) * sigma (1 + gate (1 - sigma))), sigma = sigmoid(gate). Shapes: gate, up, y
 //! [tokens, intermediate], f32, bf16 or f16. CPU and GPU differ by their exponential, one or two units of f32's last place.
 
-use tch::{Device, Tensor};
+use tch::Tensor;
 
 use super::autograd::{Backward, attach};
-use super::cuda::launch::{Executor, Gpu};
+use super::cuda::launch::Executor;
+use super::cuda::place::Place;
 use super::cuda::swiglu as cuda;
 use crate::Result;
 
@@ -15,9 +16,9 @@ use crate::Result;
 /// # Errors
 /// `Runtime` for shapes and dtypes that do not fit.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    match gate.device() {
-        Device::Cpu => definition(gate, up),
-        _ => on_device(Gpu::of("swiglu: gate", gate)?, gate, up),
+    match Place::of(gate) {
+        None => definition(gate, up),
+        Some(place) => on_device(place, gate, up),
     }
 }
 

@@ -6,6 +6,7 @@
 mod bench;
 mod codecs;
 mod decode_attention;
+mod device_path;
 mod embedded;
 mod fake_quant;
 mod ffi;

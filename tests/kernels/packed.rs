@@ -11,6 +11,7 @@ use temper::numerics::generator;
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale};
 use temper::ops::cuda::matmul::{Layout, PACKED_K, PackedScales, PackedWeight, Product, choices, matmul, prepare_as};
 use temper::ops::cuda::noise::Destination;
+use temper::ops::cuda::place::with_host;
 use temper::ops::fake_quant::{Weight, fake_quant, fake_quant_weights};
 use temper::ops::matmul_error::{ErrorDraw, RowKeys, SumsSink};
 use temper::ops::noisy_linear::{self, NoisyLinearCall, Part, ProductError};
@@ -86,10 +87,12 @@ fn a_packed_linear_layer_is_the_fake_quantized_one() {
                     bias: Some(&bias),
                     call: call.clone(),
                 };
-                let y = noisy_linear::forward_together(&Shim(0), &[part(&ours)]).unwrap().remove(0);
+                let y = with_host(&Shim(0), || noisy_linear::forward_together(&[part(&ours)])).unwrap().remove(0);
                 // Two in one launch, each as alone.
                 let unmeasured = NoisyLinearCall { forward: ProductError { draw: draw.clone(), sink: None }, ..call() };
-                let both = noisy_linear::forward_together(&Shim(5), &[part(&unmeasured), part(&unmeasured)]).unwrap();
+                let both =
+                    with_host(&Shim(5), || noisy_linear::forward_together(&[part(&unmeasured), part(&unmeasured)]))
+                        .unwrap();
                 assert!(both.iter().all(|both| floats(both) == floats(&y)), "{format}: together");
                 let want =
                     noisy_linear::forward(&case.a, quantized, Some(&bias), &dense, true, Kind::BFloat16).unwrap();

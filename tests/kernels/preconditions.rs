@@ -9,6 +9,7 @@ use temper::numerics::format::Format;
 use temper::ops::cuda::fake_quant::{Matrix, MatrixScale, Wanted, quantize};
 use temper::ops::cuda::launch::{Boxes, Executor, Gpu, Launch, Properties, TensorMap};
 use temper::ops::cuda::noise::{Destination, Law, Noisy, add_noise};
+use temper::ops::cuda::place::{Place, with_host};
 use temper::ops::fake_quant::StochasticDraw;
 use temper::ops::matmul_error::RowKeys;
 
@@ -62,10 +63,11 @@ fn noise_names_what_it_cannot_take() {
 }
 
 #[test]
-fn a_cpu_tensor_is_no_gpus() {
+fn a_cpu_tensor_has_no_place_but_the_hosts() {
     let x = tensor(&[1.0; 64], 2, 32, Kind::Float);
-    let text = Gpu::of("fake_quant: x", &x).err().unwrap().to_string();
-    assert!(text.contains("Cpu") && text.contains("expected a CUDA device"), "{text}");
+    assert!(Place::of(&x).is_none());
+    assert!(with_host(&NoGpu, || matches!(Place::of(&x), Some(Place::Host(_)))));
+    assert!(Place::of(&x).is_none());
 }
 
 /// Device 0 without a tensor on it.

@@ -175,14 +175,6 @@ impl Gpu {
         Gpu(index)
     }
 
-    /// The device of a tensor.
-    pub fn of(name: &str, tensor: &Tensor) -> Result<Gpu> {
-        match tensor.device() {
-            Device::Cuda(index) => Ok(Gpu(index)),
-            other => Err(Error::Runtime(format!("{name}: found device {other:?}, expected a CUDA device"))),
-        }
-    }
-
     pub(super) fn ordinal(self) -> Result<i32> {
         i32::try_from(self.0).map_err(|_| Error::Runtime(format!("cuda:{}: no such device", self.0)))
     }

@@ -10,6 +10,7 @@ pub mod matmul;
 pub mod memory;
 pub mod noise;
 pub mod nvtx;
+pub mod place;
 mod properties;
 pub mod rms_norm;
 pub mod rotary;
