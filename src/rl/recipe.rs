@@ -53,10 +53,12 @@ impl Recipe {
                  positions: longer questions than that leaves room for are refused"
             ));
         }
-        let TrainerSection { val_every, save_every, keep_best, .. } = self.trainer;
-        if keep_best > 0 && val_every > 0 && save_every % val_every != 0 {
+        let TrainerSection { val_every, save_every, keep_best, best_metric, .. } = &self.trainer;
+        if let Some(metric) =
+            best_metric.as_ref().filter(|_| *keep_best > 0 && *val_every > 0 && save_every % val_every != 0)
+        {
             notices.push(format!(
-                "trainer.keep_best: {keep_best}: a checkpoint is compared by the validation of its step, and save_every: \
+                "trainer.best_metric: {metric}: a checkpoint is compared by the validation of its step, and save_every: \
                  {save_every} is no multiple of val_every: {val_every}"
             ));
         }

@@ -4,7 +4,7 @@ use super::{load_text, registry_file, write};
 use temper::config;
 
 /// (YAML, what the line must contain)
-const TABLE: [(&str, &[&str]); 95] = [
+const TABLE: [(&str, &[&str]); 98] = [
     // Unknown keys name the nearest known one, next to it or elsewhere.
     ("trainer: {epoch: 3}", &["x.yaml: trainer.epoch: unknown key; nearest known key: trainer.epochs"]),
     ("trainr: {epochs: 3}", &["trainr: unknown key; nearest known key: trainer"]),
@@ -179,6 +179,15 @@ const TABLE: [(&str, &[&str]); 95] = [
         "trainer: {stop_rules: [{metric: val/acc_clean, below: 60}]}",
         &["trainer.stop_rules[0].below: found 60, expected a share in [0, 1] (60 % is 0.6)"],
     ),
+    (
+        "trainer: {stop_rules: [{metric: reward/mean, below: 60}]}",
+        &["trainer.stop_rules[0].below: found 60, expected a share in [0, 1] (60 % is 0.6)"],
+    ),
+    (
+        "trainer: {microbatch_tokens: 9007199254740993}",
+        &["trainer.microbatch_tokens: found 9007199254740993, expected 1 to"],
+    ),
+    ("sweep: {arms: {}}", &["sweep: not a key of a configuration: a sweep is a file of its own, for `temper sweep`"]),
     (
         "trainer: {stop_rules: [{metric: lr, above: 1, name: any}]}",
         &["trainer.stop_rules[0].name: found \"any\", expected a name of its own"],

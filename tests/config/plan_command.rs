@@ -98,6 +98,15 @@ fn unused_keys_and_reproduced_defects_are_said() {
     assert_eq!(json["notices"].as_array().unwrap().len(), 4);
     assert!(json["sigma"].as_array().unwrap().iter().all(|s| s["sigma"] == 0.0));
     assert_eq!(json["modules"].as_array().unwrap().last().unwrap()["matmul_error"], 0.05);
+
+    // What is allowed, and not meant.
+    let output = set(&["trainer.best_metric=val/acc_clean", "trainer.val_every=20", "data.max_response_tokens=60000"]);
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let notices: Vec<&str> = json["notices"].as_array().unwrap().iter().map(|n| n.as_str().unwrap()).collect();
+    for part in ["61024 together, but the model has 32768 positions", "save_every: 58 is no multiple of val_every: 20"]
+    {
+        assert!(notices.iter().any(|notice| notice.contains(part)), "{part}: {notices:?}");
+    }
 }
 
 /// Every row of the registry, as a user sees it: steps, modules with AQN, error, formats.
@@ -189,6 +198,8 @@ fn quantized_activations_are_shown() {
 
     let (_, notices) = set(&["fake_quant.weights=nvfp4", "fake_quant.share_tensor_scale=false"], false);
     assert!(notices.contains("share_tensor_scale: false: q/k/v and gate/up have a tensor scale each"), "{notices}");
+    let (_, notices) = set(&[w4a4[1], "fake_quant.calibration_prompts=7"], false);
+    assert!(notices.contains("calibration_prompts: set, but only activation_scale: static is calibrated"), "{notices}");
     let (_, notices) = set(&[scale], false);
     assert!(notices.contains("activation_scale: static: set, but no activations are quantized"), "{notices}");
 }
@@ -204,7 +215,7 @@ fn memory_is_estimated_without_weights_by_phase_and_card() {
     let found = memory(&[]);
     let phases = found["phases"].as_array().unwrap();
     let names: Vec<&str> = phases.iter().map(|p| p["phase"].as_str().unwrap()).collect();
-    assert_eq!(names, ["rollout", "logprobs", "update", "optimizer"]);
+    assert_eq!(names, ["rollout", "logprobs", "update", "optimizer", "validation"]);
     for phase in phases {
         let parts = phase["parts"].as_array().unwrap();
         let sum: u64 = parts.iter().map(|part| part["bytes"].as_u64().unwrap()).sum();

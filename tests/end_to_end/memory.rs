@@ -154,7 +154,7 @@ fn estimated(case: Case) -> u64 {
     let of_step = |phase: &temper::rl::memory::PhaseMemory| {
         phase.parts.iter().filter(|part| !standing.contains(&part.name)).map(|part| part.bytes).sum::<u64>()
     };
-    estimate.phases.iter().filter(|phase| phase.phase != "rollout").map(of_step).max().unwrap()
+    estimate.phases.iter().filter(|phase| !["rollout", "validation"].contains(&phase.phase)).map(of_step).max().unwrap()
 }
 
 /// Within a sixth, each and in their differences: by the size of the micro-batch, and by recomputation.
