@@ -50,9 +50,8 @@ fi
 step train "$TEMPER" train configs/debug.yaml --device cuda --out "$out/runs"
 
 # The same lengths for all three; what came before has the time that it needs, these end after a few minutes each.
-config=configs/e5c.yaml tiny="" limit=(timeout 300) beside=(--beside "$out/bench_train.out")
-# Other models cannot be put beside each other.
-if [ -n "$quick" ]; then config=configs/debug.yaml tiny=--tiny beside=(); fi
+config=configs/e5c.yaml tiny="" limit=(timeout 300)
+if [ -n "$quick" ]; then config=configs/debug.yaml tiny=--tiny; fi
 # shellcheck disable=SC2086 # one word or none
 step lengths "$python" scripts/bench_peers.py $tiny --write-lengths "$out/lengths.txt"
 step bench_train "${limit[@]}" "$TEMPER" bench train "$config" --device cuda --set model.path=null \
@@ -62,6 +61,9 @@ step bench_clean "${limit[@]}" "$TEMPER" bench train "$config" --device cuda --s
   --set noisy_ops.enabled=false --set noise_injection.enabled=false --lengths "$out/lengths.txt" --steps 1 --warmup 0 --json
 step bench_rollout "${limit[@]}" "$TEMPER" bench rollout "$config" --device cuda --set model.path=null \
   --lengths "$out/lengths.txt" --steps 2 --warmup 0 --json
+# Other models, or nothing at all, cannot be put beside the peers.
+beside=()
+if [ -z "$quick" ] && [ -s "$out/bench_train.out" ]; then beside=(--beside "$out/bench_train.out"); fi
 # shellcheck disable=SC2086 # one word or none
 step bench_peers "${limit[@]}" "$python" scripts/bench_peers.py $tiny --device cuda --lengths "$out/lengths.txt" \
   --steps 1 "${beside[@]}"

@@ -98,6 +98,8 @@ struct Bench<'a> {
     work: StepWork,
     spans: Vec<Recorded>,
     warnings: RefCell<Vec<String>>,
+    /// The arm whose quantized weights the model holds.
+    last_arm: Option<usize>,
 }
 
 /// One step: seconds by phase, the whole last; spans; what the machine said.
@@ -144,6 +146,7 @@ impl<'a> Bench<'a> {
             work: StepWork::default(),
             spans: Vec::new(),
             warnings: RefCell::default(),
+            last_arm: None,
             model,
         })
     }
@@ -169,6 +172,10 @@ impl<'a> Bench<'a> {
     }
 
     fn step(&mut self, arm: usize, number: u32, options: &StepOptions) -> Result<Measured> {
+        // An arm measures its own quantization.
+        if self.last_arm.replace(arm).is_some_and(|last| last != arm) {
+            self.model.invalidate();
+        }
         let Arm { recipe, injector, .. } = &self.arms[arm];
         let mut seconds = BTreeMap::new();
         self.monitor.iter().for_each(Monitor::begin_step);
@@ -239,6 +246,7 @@ impl<'a> Bench<'a> {
         let longest = |x: &[usize]| x.iter().max().copied().unwrap_or(0) as u64;
         demand.microbatch_tokens = demand.microbatch_tokens / demand.longest_sequence().max(1)
             * (longest(&self.drawn.prompts) + longest(&self.drawn.responses));
+        demand.validation_sequences = 0;
         (demand.prompt_tokens, demand.response_tokens) = (longest(&self.drawn.prompts), longest(&self.drawn.responses));
         StepReport {
             bench: if options.rollout_only { "rollout" } else { "train" },

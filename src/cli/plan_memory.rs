@@ -32,6 +32,7 @@ impl Memory {
         let assumed = json!({
             "sequences": demand.sequences,
             "decoded_at_once": demand.decoded_rows(),
+            "validated_at_once": demand.validation_sequences,
             "prompt_tokens": demand.prompt_tokens,
             "response_tokens": demand.response_tokens,
             "microbatch_tokens": demand.microbatch_tokens.max(demand.longest_sequence()),

@@ -227,12 +227,14 @@ fn in_range(key: &str, found: u64, most: u64) -> Checked {
     }
 }
 
-/// And no more than anybody could mean, so that products of sizes have room.
 fn at_least_1(key: &str, found: u64) -> Checked {
-    match found {
-        0 => Err(Violation::new(key, format!("found {found}, expected 1 or more"))),
-        found => in_range(key, found, 1 << 32),
-    }
+    if found >= 1 { Ok(()) } else { Err(Violation::new(key, format!("found {found}, expected 1 or more"))) }
+}
+
+/// Of what is computed at once: no more than anybody could mean, so that products of sizes have room.
+fn size(key: &str, found: u64) -> Checked {
+    at_least_1(key, found)?;
+    in_range(key, found, 1 << 32)
 }
 
 fn real(key: impl Into<String>, found: f64, good: bool, expected: &str) -> Checked {

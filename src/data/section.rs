@@ -3,6 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::MAX_QUESTIONS;
+
 /// Where questions come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -37,6 +39,14 @@ pub struct DataSection {
     /// Only the first n validation rows.
     pub val_limit: Option<usize>,
     pub generated: GeneratedSection,
+}
+
+impl DataSection {
+    /// The most questions that a validation may have.
+    pub fn most_val_questions(&self) -> usize {
+        let all = if self.kind == DataKind::Generated { self.generated.val_problems } else { MAX_QUESTIONS };
+        all.min(self.val_limit.unwrap_or(usize::MAX))
+    }
 }
 
 impl Default for DataSection {

@@ -172,7 +172,7 @@ impl Qwen2 {
         let rotary = Rotary::new(&self.config, positions)?;
         for layer in 0..self.blocks.len() {
             if pass.observer.is_none() && !pass.differentiable {
-                stream = self.block_of(layer, &stream, &rotary, attend, pass)?;
+                stream = self.block_of(layer, stream, &rotary, attend, pass)?;
                 continue;
             }
             let x = stream.sum()?;
@@ -194,14 +194,20 @@ impl Qwen2 {
 
     /// The residual stream x [tokens, hidden] after block `layer`.
     pub fn block(&self, layer: usize, x: &Tensor, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Tensor> {
-        self.block_of(layer, &Stream { x: x.shallow_clone(), delta: None }, rotary, attend, pass)?.sum()
+        self.block_of(layer, Stream { x: x.shallow_clone(), delta: None }, rotary, attend, pass)?.sum()
     }
 
-    fn block_of(&self, layer: usize, stream: &Stream, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Stream> {
+    fn block_of(&self, layer: usize, stream: Stream, rotary: &Rotary, attend: &Attend, pass: &Pass) -> Result<Stream> {
         let block = &self.blocks[layer];
-        let (x, normed) = block.input_layernorm.forward_after(&stream.x, stream.delta.as_ref(), pass)?;
-        let attention = block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?;
+        // What has been read is let go: a pass without gradients may hold very many tokens.
+        let (x, attention) = {
+            let (x, normed) = block.input_layernorm.forward_after(&stream.x, stream.delta.as_ref(), pass)?;
+            drop(stream);
+            let attention = block.attention.forward(layer, &normed, &self.config, rotary, attend, pass)?;
+            (x, attention)
+        };
         let (x, normed) = block.post_attention_layernorm.forward_after(&x, Some(&attention), pass)?;
+        drop(attention);
         Ok(Stream { x, delta: Some(block.mlp.forward(&normed, pass)?) })
     }
 

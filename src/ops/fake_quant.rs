@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::cpu::fake_quant::{Task, error_sums as cpu_error_sums, tensor_amax};
 use super::cpu::tensor::{bf16_slice, bf16_slice_mut, f16_slice, f16_slice_mut, f32_slice, f32_slice_mut};
@@ -163,7 +163,7 @@ pub fn amax(x: &Tensor, format: Format) -> Result<f32> {
 
 /// The sums behind the error metrics of `quantized` against `x`, saturation aside.
 pub fn error_sums(x: &Tensor, quantized: &Tensor) -> Result<TensorErrorSums> {
-    if x.device() == Device::Cpu {
+    if Place::of(x).is_none() {
         let (x, q) = (x.f_contiguous()?, quantized.f_contiguous()?);
         return Ok(match x.kind() {
             Kind::BFloat16 => cpu_error_sums(bf16_slice(&x)?, bf16_slice(&q)?),

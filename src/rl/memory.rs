@@ -68,8 +68,8 @@ pub struct Demand<'a> {
     /// Tokens of a micro-batch; at least one sequence of the longest kind.
     pub microbatch_tokens: u64,
     pub temperature: f64,
-    /// top_p < 1 sorts every row of the probabilities.
-    pub sorts_probabilities: bool,
+    /// Bytes an element of the probabilities beside what every draw takes: top_p < 1 sorts them, top_k > 0 keeps some.
+    pub filter_bytes: u64,
 }
 
 /// Bytes of one kind in one phase.
@@ -114,7 +114,7 @@ impl<'a> Demand<'a> {
             sequences: (data.prompts_per_step * group) as u64,
             group_size: group as u64,
             max_sequences: at_once,
-            validation_sequences: trainer.val_batch_size as u64,
+            validation_sequences: trainer.val_batch_size.min(data.most_val_questions()) as u64,
             cache_step: kv_cache::growth(on_gpu) as u64,
             prompt_tokens: data.max_prompt_tokens as u64,
             response_tokens: data.max_response_tokens as u64,
@@ -122,7 +122,11 @@ impl<'a> Demand<'a> {
                 .unwrap_or(trainer.microbatch_sequences as u64 * longest)
                 .min((trainer.minibatch_prompts * group) as u64 * longest),
             temperature: recipe.rollout.temperature,
-            sorts_probabilities: recipe.rollout.top_p < 1.0,
+            filter_bytes: match (recipe.rollout.top_p < 1.0, recipe.rollout.top_k > 0) {
+                (true, _) => 28,
+                (false, true) => 4,
+                (false, false) => 0,
+            },
         }
     }
 
@@ -147,20 +151,17 @@ impl<'a> Demand<'a> {
     }
 
     fn rollout(&self) -> PhaseMemory {
-        let sampling =
-            activations::sampling(self.decoded_rows(), self.vocab(), self.temperature, self.sorts_probabilities);
-        let mut parts = self.decoding(self.decoded_rows(), self.group_size, sampling);
-        parts.push(Part { name: "aqn_weights", bytes: self.aqn_weights() });
-        phase("rollout", parts)
+        let sampling = activations::sampling(self.decoded_rows(), self.vocab(), self.temperature, self.filter_bytes);
+        phase("rollout", self.decoding(self.decoded_rows(), self.group_size, self.aqn_weights(), sampling))
     }
 
     /// Greedy, without AQN.
     fn validation(&self) -> PhaseMemory {
         let rows = self.validation_sequences;
-        phase("validation", self.decoding(rows, 1, activations::sampling(rows, self.vocab(), 1.0, false)))
+        phase("validation", self.decoding(rows, 1, 0, activations::sampling(rows, self.vocab(), 1.0, 0)))
     }
 
-    fn decoding(&self, rows: u64, group: u64, sampling: u64) -> Vec<Part> {
+    fn decoding(&self, rows: u64, group: u64, aqn_weights: u64, sampling: u64) -> Vec<Part> {
         let pass = self.pass();
         // Every prompt is computed once for its group, as many at a time as a pass holds.
         let prompts = rows.div_ceil(group.max(1));
@@ -170,6 +171,7 @@ impl<'a> Demand<'a> {
         let mut parts = self.standing(!self.offload_reference);
         parts.extend([
             Part { name: "quantized", bytes: self.quantized() },
+            Part { name: "aqn_weights", bytes: aqn_weights },
             Part { name: "kv_cache", bytes: self.kv_cache(rows) },
             Part { name: "activations", bytes: prefill.max(decode) },
         ]);

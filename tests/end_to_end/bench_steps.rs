@@ -120,6 +120,19 @@ fn bench_rollout_takes_lengths_from_a_file_and_a_model_directory() {
     }
 }
 
+/// Frozen weights are quantized once in a run; here each variant measures its own.
+#[test]
+fn variants_of_adapters_beside_quantized_weights_are_injected_as_planned() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = "model: {lora: {rank: 2}}\nfake_quant: {enabled: true, weights: mxfp4}";
+    let file = config(dir.path(), "adapters", lines);
+    let args =
+        ["bench", "train", file.to_str().unwrap(), "--device", "cpu", "--steps", "2", "--lengths", "5", "--json", "-q"];
+    let report: Value = serde_json::from_str(&succeed(&args)).unwrap();
+    assert_eq!(report["variants"].as_array().unwrap().len(), 2);
+    assert_eq!(report["warnings"], serde_json::json!([]));
+}
+
 #[test]
 fn what_is_wrong_with_a_step_benchmark_is_one_line() {
     let debug = debug_yaml();

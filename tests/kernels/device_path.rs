@@ -94,19 +94,25 @@ impl Same {
     }
 
     fn compares(self, key: &str) -> bool {
-        const OF_VALUES: [&str; 10] = [
+        // A key, or what it begins with.
+        const OF_VALUES: [&str; 14] = [
             "reward/",
+            "response_tokens/",
             "loss/",
             "kl/",
             "ratio/",
             "logprob_gap/",
+            "val/",
             "grad_norm",
             "entropy",
-            "val/",
-            "output_changed",
+            "output_changed_ratio",
             "standard_error",
+            "n",
+            "calls",
+            "noisy_ops/forward_calls",
         ];
-        matches!(self, Same::Values) || !OF_VALUES.iter().any(|of| key.starts_with(of))
+        matches!(self, Same::Values)
+            || !OF_VALUES.iter().any(|of| key == *of || of.ends_with('/') && key.starts_with(of))
     }
 }
 

@@ -34,10 +34,11 @@ pub fn checks(executor: &dyn Executor, checks: &mut Vec<Check>) -> Result<()> {
         enter(checks, "model", case, Kind::BFloat16, (sequences as usize * LENGTH, 64), run)?;
     }
     for (kind, tolerance) in [(Kind::Float, 1e-4), (Kind::BFloat16, 0.15)] {
-        for enforce_eager in [true, false] {
-            let run = |compared: &mut Compared| rollout(executor.device(), kind, enforce_eager, tolerance, compared);
-            let case = if enforce_eager { "a rollout, eager" } else { "a rollout, as a graph" };
-            enter(checks, "model", case.into(), kind, (PROMPTS as usize * GROUP, NEW_TOKENS), run)?;
+        let ways = [("eager", true, 0), ("as a graph", false, 0), ("as a graph, of the 9 likeliest", false, 9)];
+        for (way, enforce_eager, top_k) in ways {
+            let run =
+                |compared: &mut Compared| rollout(executor.device(), kind, (enforce_eager, top_k), tolerance, compared);
+            enter(checks, "model", format!("a rollout, {way}"), kind, (PROMPTS as usize * GROUP, NEW_TOKENS), run)?;
         }
     }
     Ok(())
@@ -72,7 +73,13 @@ const PROMPTS: u32 = 6;
 const GROUP: usize = 3;
 const NEW_TOKENS: usize = 40;
 
-fn rollout(device: Device, kind: Kind, enforce_eager: bool, tolerance: f64, compared: &mut Compared) -> Result<()> {
+fn rollout(
+    device: Device,
+    kind: Kind,
+    (enforce_eager, top_k): (bool, usize),
+    tolerance: f64,
+    compared: &mut Compared,
+) -> Result<()> {
     // Heads that decode_attention.cu has a kernel for.
     let config = Qwen2Config { head_dim: 64, ..Qwen2Config::preset("tiny-4x64")? };
     let model = random_model(config, 5, 0.1, device, kind)?;
@@ -83,7 +90,7 @@ fn rollout(device: Device, kind: Kind, enforce_eager: bool, tolerance: f64, comp
     };
     let prompts: Vec<Prompt> = (0..PROMPTS).map(prompt).collect();
     let temperature = 0.9;
-    let sampling = Sampling { greedy: false, temperature, top_p: 1.0, top_k: 0, seed: 11, phase: Phase::Rollout };
+    let sampling = Sampling { greedy: false, temperature, top_p: 1.0, top_k, seed: 11, phase: Phase::Rollout };
     let batching = Batching { max_sequences: Some(2 * GROUP), check_every: Some(4), enforce_eager };
     let pass = Pass::injected(&injector, Phase::Rollout, RowKeys::new(Vec::new()));
     // Where no graph can be captured a rollout goes on without, and warns.

@@ -1,6 +1,6 @@
 //! The sections of reinforcement learning: rollout, algorithm, optimizer, trainer, reward.
 
-use super::{Checked, Violation, at_least_1, in_range, real};
+use super::{Checked, Violation, at_least_1, in_range, real, size};
 use crate::config::Config;
 use crate::data::section::DataSection;
 use crate::inject::section::{DwDraw, NoisyOpsSection};
@@ -34,6 +34,8 @@ pub(super) fn rollout(rollout: &RolloutSection) -> Checked {
         rollout.temperature > 0.0,
         "a number above 0 (greedy decoding gives a group of equal responses)",
     )?;
+    size("rollout.max_sequences", most as u64)?;
+    size("rollout.top_k", rollout.top_k.max(1) as u64)?;
     real("rollout.top_p", rollout.top_p, rollout.top_p > 0.0 && rollout.top_p <= 1.0, "a number in (0, 1]")?;
     Ok(())
 }
@@ -77,8 +79,8 @@ pub(super) fn optimizer(optimizer: &OptimizerSection) -> Checked {
 pub(super) fn trainer(trainer: &TrainerSection, data: &DataSection, noise: &NoisyOpsSection) -> Checked {
     at_least_1("trainer.epochs", trainer.epochs)?;
     at_least_1("trainer.minibatch_prompts", trainer.minibatch_prompts as u64)?;
-    at_least_1("trainer.microbatch_sequences", trainer.microbatch_sequences as u64)?;
-    at_least_1("trainer.microbatch_tokens", trainer.microbatch_tokens.unwrap_or(1) as u64)?;
+    size("trainer.microbatch_sequences", trainer.microbatch_sequences as u64)?;
+    size("trainer.microbatch_tokens", trainer.microbatch_tokens.unwrap_or(1) as u64)?;
     if let Some(tokens) = trainer.microbatch_tokens
         && noise.enabled
         && noise.dw_draw == DwDraw::PerMicrobatch
@@ -91,7 +93,7 @@ pub(super) fn trainer(trainer: &TrainerSection, data: &DataSection, noise: &Nois
             ),
         ));
     }
-    at_least_1("trainer.val_batch_size", trainer.val_batch_size as u64)?;
+    size("trainer.val_batch_size", trainer.val_batch_size as u64)?;
     at_least_1("trainer.keep_last", trainer.keep_last as u64)?;
     in_range("trainer.threads", trainer.threads.unwrap_or(1) as u64, 1024)?;
     let (mini, step) = (trainer.minibatch_prompts, data.prompts_per_step);

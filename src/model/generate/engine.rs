@@ -37,7 +37,7 @@ pub fn run(model: &Qwen2, request: &Request, pass: &Pass, mut progress: impl FnM
         cache: KvCache::new(&model.config, rows.len(), longest_prompt + check_every, model.kind(), model.device())?,
         state: State::new(&Newest::of(&rows)?, check_every, model.device())?,
         measure_norms: pass.measure_norms,
-        graph: if request.batching.enforce_eager { Replay::Never } else { Replay::Cold },
+        graph: if request.batching.enforce_eager || TorchGraph::has_failed() { Replay::Never } else { Replay::Cold },
     };
     while !rows.finished() {
         let begun = rows.begin();

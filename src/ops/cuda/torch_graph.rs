@@ -3,7 +3,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::OnceLock;
 
 use crate::ops::autograd::take_text;
 use crate::{Error, Result};
@@ -23,8 +23,8 @@ unsafe extern "C" {
 /// Work that can be done again and again. What it reads and writes must live, where it lay when it was captured.
 pub struct TorchGraph(*mut c_void);
 
-/// A capture has failed in this process. What torch then thinks of is not known well enough to try again.
-static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+/// Why a capture has failed in this process. What torch then thinks of is not known well enough to try again.
+static FAILED: OnceLock<String> = OnceLock::new();
 
 type Work<'a> = (&'a mut dyn FnMut() -> Result<()>, Result<()>);
 
@@ -35,8 +35,8 @@ impl TorchGraph {
     /// # Errors
     /// What `work` answers; `Torch` with CUDA's reason, and in all later calls of the process `Runtime`.
     pub fn capture(device: usize, work: &mut dyn FnMut() -> Result<()>) -> Result<TorchGraph> {
-        if HAS_FAILED.load(Ordering::Relaxed) {
-            return Err(Error::Runtime("a capture has failed before".into()));
+        if let Some(reason) = FAILED.get() {
+            return Err(Error::Runtime(format!("a capture has failed before: {reason}")));
         }
         let mut payload: Work = (work, Ok(()));
         let mut error = std::ptr::null_mut();
@@ -50,10 +50,15 @@ impl TorchGraph {
             Ok(()) if graph.is_null() => Err(Error::Runtime("a CUDA graph was not captured".into())),
             Ok(()) => Ok(TorchGraph(graph)),
         };
-        if captured.as_ref().is_err_and(|error| !matches!(error, Error::OutOfMemory(_))) {
-            HAS_FAILED.store(true, Ordering::Relaxed);
+        if let Some(error) = captured.as_ref().err().filter(|error| !matches!(error, Error::OutOfMemory(_))) {
+            let _ = FAILED.set(error.to_string());
         }
         captured
+    }
+
+    /// Whether a capture has failed in this process: then none is tried.
+    pub fn has_failed() -> bool {
+        FAILED.get().is_some()
     }
 
     /// Does the work on torch's current stream.

@@ -68,8 +68,7 @@ impl Pass<'_> {
 }
 
 /// The logits of a decode step and what drawing a token from them needs (model/generate.rs).
-pub(super) fn sampling(rows: u64, vocab: u64, temperature: f64, sorts: bool) -> u64 {
+pub(super) fn sampling(rows: u64, vocab: u64, temperature: f64, filter_bytes: u64) -> u64 {
     let scaled = if temperature == 1.0 { 0 } else { 4 };
-    let sorted = if sorts { 28 } else { 0 };
-    rows * vocab * (4 * 4 + 1 + 8 + scaled + sorted)
+    rows * vocab * (4 * 4 + 1 + 8 + scaled + filter_bytes)
 }

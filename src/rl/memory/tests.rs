@@ -27,7 +27,7 @@ fn e5c<'a>(shapes: &'a Qwen2Config, plan: &'a InjectionPlan) -> Demand<'a> {
         response_tokens: 1024,
         microbatch_tokens: 8192,
         temperature: 1.0,
-        sorts_probabilities: false,
+        filter_bytes: 0,
     }
 }
 
