@@ -291,6 +291,7 @@ impl<'a> Bench<'a> {
         });
         let of_machine =
             |key: &str| -> Vec<f64> { steps.iter().filter_map(|step| step.machine.get(key)?.as_f64()).collect() };
+        let median = |all: Vec<f64>| (!all.is_empty()).then(|| Spread::of(&all).median);
         let mut breakdown = BTreeMap::new();
         for part in steps.iter().flat_map(|step| step.breakdown.keys().copied()) {
             let seconds: Vec<f64> = steps.iter().filter_map(|step| step.breakdown.get(part).copied()).collect();
@@ -304,11 +305,9 @@ impl<'a> Bench<'a> {
                 .iter()
                 .any(|s| s.seconds.contains_key("update"))
                 .then_some(work.recomputed_flops),
-            logprob_gap_abs: Some(steps.iter().filter_map(|step| step.logprob_gap_abs).collect::<Vec<f64>>())
-                .filter(|all| !all.is_empty())
-                .map(|all| Spread::of(&all).median),
+            logprob_gap_abs: median(steps.iter().filter_map(|step| step.logprob_gap_abs).collect()),
             peak_device_bytes: of_machine("peak_device_bytes").into_iter().reduce(f64::max).map(|bytes| bytes as u64),
-            energy_j: Some(of_machine("gpu_energy_j")).filter(|all| !all.is_empty()).map(|all| Spread::of(&all).median),
+            energy_j: median(of_machine("gpu_energy_j")),
         }
     }
 }

@@ -180,8 +180,7 @@ impl SumsSink {
                 all.0 += part.calls;
                 all.1.merge(&part.on_host);
                 // A row is for the part that has sums on the device, and for no other.
-                let of_part = part.on_device.as_ref().and_then(|_| read.next());
-                if let Some(sums) = of_part {
+                if let Some(sums) = part.on_device.as_ref().and_then(|_| read.next()) {
                     all.1.merge(&NoiseSums::of_device(sums));
                 }
             }

@@ -82,6 +82,7 @@ fn device_sums(executor: &dyn Executor, draw: &Option<ErrorDraw>, sink: Option<&
 /// The product and its error in one launch of our kernel; whether there is one for it. A product without error is the library's,
 /// but where ours keeps step, on a Hopper and over few rows: the library's f32 result would be read again to be rounded or added.
 fn own_product(
+    place: &Place,
     layout: Layout,
     (a, b): (&Tensor, &Tensor),
     into: Destination,
@@ -89,16 +90,15 @@ fn own_product(
     (draw, sink): (&Option<ErrorDraw>, Option<&SumsSink>),
     keys: &RowKeys,
 ) -> Result<bool> {
-    let Some(place) = Place::of(a) else { return Ok(false) };
     let (a, b) = (a.f_contiguous()?, b.f_contiguous()?);
     let product = Product { layout, a: &a, b: &b, scales: None, into, bias, error: draw.as_ref(), keys, sums: None };
     let is_whole = matches!(into, Destination::Store(out) if out.kind() == Kind::Float);
     let is_short = layout == Layout::Nt && has_few_rows(&a);
-    if draw.is_none() && (is_whole || !is_short && !product.is_for_hopper(&place)?) {
+    if draw.is_none() && (is_whole || !is_short && !product.is_for_hopper(place)?) {
         return Ok(false);
     }
-    let sums = device_sums(&place, draw, sink)?;
-    matmul(&place, &Product { sums: sums.as_ref(), ..product })?;
+    let sums = device_sums(place, draw, sink)?;
+    matmul(place, &Product { sums: sums.as_ref(), ..product })?;
     Ok(true)
 }
 
@@ -112,10 +112,10 @@ pub fn forward(
     out_kind: Kind,
 ) -> Result<Tensor> {
     let sink = call.forward.sink.as_ref().filter(|_| record);
-    if Place::of(x).is_some() {
+    if let Some(place) = Place::of(x) {
         let out = Tensor::f_empty([x.size()[0], weight.size()[0]], (out_kind, x.device()))?;
         let (into, error) = (Destination::Store(&out), (&call.forward.draw, sink));
-        if own_product(Layout::Nt, (x, weight), into, bias, error, &call.keys)? {
+        if own_product(&place, Layout::Nt, (x, weight), into, bias, error, &call.keys)? {
             return Ok(out);
         }
     }
@@ -185,10 +185,10 @@ pub fn forward_together(parts: &[Part]) -> Result<Vec<Tensor>> {
 /// dX = law(dY W) in the dtype of `weight`. No gradient.
 pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Result<Tensor> {
     let error = &call.dx;
-    if Place::of(dy).is_some() {
+    if let Some(place) = Place::of(dy) {
         let out = Tensor::f_empty([dy.size()[0], weight.size()[1]], (weight.kind(), dy.device()))?;
         let (into, error) = (Destination::Store(&out), (&error.draw, error.sink.as_ref()));
-        if own_product(Layout::Nn, (dy, weight), into, None, error, &call.keys)? {
+        if own_product(&place, Layout::Nn, (dy, weight), into, None, error, &call.keys)? {
             return Ok(out);
         }
     }
@@ -198,12 +198,12 @@ pub fn backward_dx(dy: &Tensor, weight: &Tensor, call: &NoisyLinearCall) -> Resu
 
 /// into += law(dY^T x); `into` f32 [out, in]. No gradient.
 pub fn accumulate_dw(dy: &Tensor, x: &Tensor, call: &NoisyLinearCall, into: &mut Tensor) -> Result<()> {
-    if Place::of(dy).is_some() {
+    if let Some(place) = Place::of(dy) {
         let (error, keys) = match &call.dw {
             Some(WeightGradientError { error, keys }) => ((&error.draw, error.sink.as_ref()), keys),
             None => ((&None, None), &call.keys),
         };
-        if !own_product(Layout::Tn, (dy, x), Destination::Add(into), None, error, keys)? {
+        if !own_product(&place, Layout::Tn, (dy, x), Destination::Add(into), None, error, keys)? {
             let _ = into.f_add_(&product_f32(&dy.f_transpose(0, 1)?, x)?)?;
         }
         return Ok(());

@@ -40,6 +40,18 @@ fn limited(limit: u64, args: &[String]) -> Output {
     command.args(args).output().unwrap()
 }
 
+/// Training of `config` into `out`, with `set`.
+fn args_with(config: &Path, out: &Path, set: String) -> Vec<String> {
+    [train_args(config, out), vec!["--set".to_string(), set]].concat()
+}
+
+/// KiB between what the one needs and what the other does, which is much more.
+fn limit_between(small: &[String], large: &[String]) -> u64 {
+    let (small, large) = (peak_kib(temper(small)), peak_kib(temper(large)));
+    assert!(large > small + 100_000, "{large} KiB, {small} KiB: what is halved must need the memory");
+    (small + large) / 2
+}
+
 /// A validation that decodes too many at once decodes half of them, from then on, and its answers are the same.
 #[test]
 fn halved_validations_give_the_same_answers() {
@@ -50,13 +62,10 @@ trainer: {epochs: 1, minibatch_prompts: 4, val_before_train: true, val_every: 1,
 reward: {mode: numeric}";
     let config = config(dir.path(), "validated", lines);
     let args = |name: &str, at_once: usize| {
-        let mut args = train_args(&config, &dir.path().join(name));
-        args.extend(["--set".to_string(), format!("trainer.val_batch_size={at_once}")]);
-        args
+        args_with(&config, &dir.path().join(name), format!("trainer.val_batch_size={at_once}"))
     };
-    let (small, large) = (peak_kib(temper(&args("small", 512))), peak_kib(temper(&args("large", 4096))));
-    assert!(large > small + 100_000, "{large} KiB, {small} KiB: validation must need the memory");
-    let output = limited((small + large) / 2, &args("limited", 4096));
+    let limit = limit_between(&args("small", 512), &args("large", 4096));
+    let output = limited(limit, &args("limited", 4096));
     let text = stderr_of(&output);
     assert!(output.status.success(), "{text}");
     assert!(text.contains("out of memory: ") && text.contains("as with a smaller trainer.val_batch_size"), "{text}");
@@ -78,13 +87,9 @@ fn halved_micro_batches_give_the_same_step() {
     let dir = tempfile::tempdir().unwrap();
     let config = config(dir.path(), "large", LARGE);
     let args = |name: &str, sequences: usize| {
-        let mut args = train_args(&config, &dir.path().join(name));
-        args.extend(["--set".to_string(), format!("trainer.microbatch_sequences={sequences}")]);
-        args
+        args_with(&config, &dir.path().join(name), format!("trainer.microbatch_sequences={sequences}"))
     };
-    let (small, large) = (peak_kib(temper(&args("small", 128))), peak_kib(temper(&args("large", 512))));
-    assert!(large > small + 100_000, "{large} KiB, {small} KiB: the update must need the memory");
-    let limit = (small + large) / 2;
+    let limit = limit_between(&args("small", 128), &args("large", 512));
     let output = limited(limit, &args("limited", 512));
     let text = stderr_of(&output);
     assert!(output.status.success(), "{text}");

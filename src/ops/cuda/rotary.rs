@@ -44,7 +44,7 @@ pub struct Append<'a> {
 /// # Errors
 /// As [`rotate`].
 pub fn rotate_and_append(executor: &dyn Executor, rotation: &Rotation, append: &Append) -> Result<Tensor> {
-    let (prepared, rotated) = prepare_append(executor.device(), rotation, append)?;
+    let (prepared, rotated) = prepare_any(executor.device(), rotation, append.keys, Some(append))?;
     prepared.run(executor)?;
     Ok(rotated)
 }
@@ -59,14 +59,7 @@ pub fn prepare(device: Device, rotation: &Rotation) -> Result<(Prepared, (Tensor
     Ok((prepared, (q_out, k_out)))
 }
 
-/// The launch of [`rotate_and_append`] and the rotated q.
-///
-/// # Errors
-/// As [`rotate`].
-pub fn prepare_append(device: Device, rotation: &Rotation, append: &Append) -> Result<(Prepared, Tensor)> {
-    prepare_any(device, rotation, append.keys, Some(append))
-}
-
+/// The launch and the rotated q; the rotated k goes to `k_out`, a tensor like k or the cache's keys.
 fn prepare_any(
     device: Device,
     rotation: &Rotation,
